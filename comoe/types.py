@@ -185,8 +185,8 @@ class ModelOutput:
     """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
 
     label_words (B, Y): log-probability of each label's words; in training without soft labels only
-    of the row's own label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none, (B, 1);
-    outside training behind it that of the generated text, (B, 2)."""
+    of the row's own label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has
+    none, (B, 1); outside training behind it that of the generated text, (B, 2)."""
     embeddings: Mapping[str, Tensor]
     """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
     attentions: Mapping[str, Tensor]
@@ -277,11 +277,11 @@ class StepOutput:
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
     """Detached scalars: ``task/<name>``, ``weight/<name>``, ``gold/<name>``, ``soft/<name>``,
-    ``contrastive``, ``contrastive/<name>``, ``positives_per_anchor/<name>``, ``temperature/<name>``,
-    ``itc``,
-    ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``, ``z``, ``task_separation``,
-    ``orthogonal``, ``r_drop``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
-    ``adversarial_even``, ``adversarial_lambda``."""
+    ``contrastive``, ``contrastive/<name>``, ``positives_per_anchor/<name>``,
+    ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``,
+    ``z``, ``task_separation``, ``orthogonal``, ``r_drop``, ``adversarial``,
+    ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``,
+    ``adversarial_lambda``."""
     output: ModelOutput
     """The model's output, for training metrics and statistics."""
     gram_TT: Tensor | None = None

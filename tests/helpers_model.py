@@ -32,8 +32,9 @@ from transformers import (
 
 from comoe.config.recipe import LossConfig, ModelConfig, MoeConfig
 from comoe.losses.objective import Objective, count_units, unit_scale
+from comoe.models.build import build_model
 from comoe.models.encoders.build import build_encoder_from_config
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.model import MultiTaskModel
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch
 

@@ -8,8 +8,9 @@ import torch
 
 from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, MoeConfig
 from comoe.losses.objective import Objective
+from comoe.models.build import build_model
 from comoe.models.encoders.build import build_encoder_from_config
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.model import MultiTaskModel
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch
 from tests.helpers_model import HEAT, MOOD, SEQ2SEQ, VOCABULARY, moe_config

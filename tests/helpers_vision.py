@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig, VisionConfig
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.build import build_model
+from comoe.models.model import MultiTaskModel
 from comoe.types import Batch
 from tests.helpers_model import BERT_LIKE, HF_CONFIGS, TASKS, VARIANTS, moe_config, random_batch
 

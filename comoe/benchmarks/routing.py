@@ -27,7 +27,8 @@ from comoe.benchmarks.timing import (
 from comoe.benchmarks.workload import find_posts, tokenized_posts
 from comoe.config.recipe import ModelConfig
 from comoe.data.collator import Collator
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.build import build_model
+from comoe.models.model import MultiTaskModel
 from comoe.train.parallel.setup import start_ranks
 from comoe.types import Batch
 

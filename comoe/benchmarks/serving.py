@@ -35,7 +35,7 @@ from comoe.data.corpus import load_corpus
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.predictor import Predictor
-from comoe.models.model import build_model
+from comoe.models.build import build_model
 
 CLIENTS, POSTS = 8, 16
 """Clients, and posts of a request."""

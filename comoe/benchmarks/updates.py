@@ -19,7 +19,8 @@ from torch import Tensor
 from comoe.benchmarks.timing import Measurements, Target, machine_note
 from comoe.benchmarks.workload import find_posts, tokenized_posts
 from comoe.config.recipe import Recipe
-from comoe.losses.objective import build_objective, count_units, unit_scale
+from comoe.losses.build import build_objective
+from comoe.losses.objective import count_units, unit_scale
 from comoe.models.encoders.build import build_encoder_shape
 from comoe.models.encoders.families import expert_width
 from comoe.models.moe.block import CooperativeBlock

@@ -54,8 +54,8 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Table:
-    """The table that implements the words of an option, as a member of ``Annotated``: keys that a plugin put into it
-    are words too."""
+    """The table that implements the words of an option, as a member of ``Annotated``: keys that a
+    plugin put into it are words too."""
 
     module: str
     """Where it is; read only where something else has imported it."""
@@ -75,7 +75,7 @@ class Table:
 
 
 SAVED = {"saved": True}
-"""Context of validation: of a run that was begun, which keeps values that are out of a later limit."""
+"""Context of validation: of a run that was begun, which keeps values beyond a later limit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

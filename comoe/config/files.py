@@ -33,8 +33,8 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
     No reader, crash or second writer ever sees half of it: it is written under a random name in the
     same folder, synchronized to the disk with its folder, and renamed. What a killed writer of the
-    same file left there is removed. A link at ``path`` is replaced, never followed. A pipe or device
-    cannot be replaced and is written directly.
+    same file left there is removed. A link at ``path`` is replaced, never followed. A pipe or
+    device cannot be replaced and is written directly.
 
     Args:
         path: in a folder that exists.
@@ -145,7 +145,7 @@ def check_target(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
-    """Write ``plain(value)`` as JSON, whole or not at all; ``default`` is that of ``json.dumps``."""
+    """Write ``plain(value)`` as JSON, whole or not at all; ``default`` as of ``json.dumps``."""
     text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False, default=default)
     write_atomic(path, f"{text}\n")
 
@@ -174,9 +174,9 @@ _SIGNED = re.compile(r"[+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
 def csv_line(cells: Iterable[Any], *, raw: bool = False) -> str:
     """One line of a CSV file, with its line feed.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe before its first sign, as the
-    spreadsheets themselves write text (OWASP, CSV Injection); a number with a sign stays. NUL, which
-    ends a file for many readers, becomes U+FFFD.
+    A text that a spreadsheet would run as a formula gets an apostrophe before its first sign, as
+    the spreadsheets themselves write text (OWASP, CSV Injection); a number with a sign stays. NUL,
+    which ends a file for many readers, becomes U+FFFD.
 
     Args:
         cells: text, numbers; None is an empty cell.

@@ -17,8 +17,8 @@ from typing import Any
 GROUP = "comoe.plugins"
 """Entry-point group: name -> module."""
 CONSENT = "COMOE_PLUGINS"
-"""Environment variable with the plugins that the user agreed to, a comma between them; ranks and runs
-of an experiment inherit it."""
+"""Environment variable with the plugins that the user agreed to, a comma between them; ranks and
+runs of an experiment inherit it."""
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 

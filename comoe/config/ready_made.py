@@ -22,7 +22,7 @@ def recipe_path(given: str | Path) -> Path:
 
 
 def settings_path(given: str | Path) -> Path:
-    """The file that a path means, or the name of a ready DeepSpeed file; raises as ``recipe_path``."""
+    """The DeepSpeed file of a path, or of the name of a ready one; raises as ``recipe_path``."""
     folder = _folder("ds_configs", "ds_configs")
     return _find("DeepSpeed file", given, {file.stem: file for file in folder.glob("*.json")})
 

@@ -56,21 +56,21 @@ READER_TABLE = Table("comoe.data.reading.sources", "READERS")
 
 @section
 class MoeConfig:
-    """The cooperative experts: beside the feed-forward of chosen layers, or in their linear maps."""
+    """The cooperative experts: beside the feed-forward of some layers, or in their linear maps."""
 
     form: Literal["beside", "lora"] = "beside"
-    """beside: gated feed-forwards beside the feed-forward of a layer, at the start 0. lora: low-rank
-    updates (arXiv:2106.09685) of the linear maps of a layer, W x + sum of g_e (alpha / rank) B_e A_e x,
-    by default of a frozen model."""
+    """beside: gated feed-forwards beside the feed-forward of a layer, at the start 0. lora:
+    low-rank updates (arXiv:2106.09685) of the linear maps of a layer, W x + sum of g_e (alpha /
+    rank) B_e A_e x, by default of a frozen model."""
     num_experts: Annotated[Whole, Ge(0), at_most(65_536)] = 8
     """Experts per layer; 0 leaves the encoder without experts."""
     top_k: Count = 2
     """Experts per token, 1 to ``num_experts``."""
     gate: Annotated[Literal["sigmoid", "softmax", "random", "uniform"], GATE_TABLE] = "sigmoid"
-    """sigmoid (experts cooperate), softmax (they compete; the ablation), random (AdaMix: in training a
-    post goes through one expert of each layer, drawn anew in each step; evaluations and exports have
-    one block, the mean of the experts), or uniform (all experts in turn, whatever the token: only for
-    measuring speed)."""
+    """sigmoid (experts cooperate), softmax (they compete; the ablation), random (AdaMix: in
+    training a post goes through one expert of each layer, drawn anew in each step; evaluations and
+    exports have one block, the mean of the experts), or uniform (all experts in turn, whatever the
+    token: only for measuring speed)."""
     route_by: Literal["token", "task", "both"] = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per
     labeled task."""
@@ -85,7 +85,7 @@ class MoeConfig:
     targets: Literal["attention", "feed_forward", "all"] = option(
         "all", read_when="model.moe.form = lora"
     )
-    """Linear maps of a layer that get experts: those of its attention, of its feed-forward, or all."""
+    """Linear maps of a layer that get experts: of its attention, of its feed-forward, or all."""
     rank: Width = option(4, read_when="model.moe.form = lora")
     """Rank r of one expert in each linear map; four of rank 4 have the parameters of one LoRA of rank
     16."""
@@ -95,8 +95,8 @@ class MoeConfig:
     """Dropout on what the experts of a linear map read, one mask for all of them; ``model.dropout``
     overrides it."""
     gate_scope: Literal["model", "layer"] = option("model", read_when="model.moe.form = lora")
-    """model: one gate for all linear maps, which reads the input of the first layer with experts (an
-    encoder-decoder has one per stack). layer: one for the linear maps of each layer."""
+    """model: one gate for all linear maps, which reads the input of the first layer with experts
+    (an encoder-decoder has one per stack). layer: one for the linear maps of each layer."""
     expert_width: Width | Literal["auto"] = option("auto", read_when="model.moe.form = beside")
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
     shared_width: WidthFrom0 = option(
@@ -104,8 +104,8 @@ class MoeConfig:
     )
     """Hidden width of a shared expert that every token visits; 0 is none."""
     output_init: NotNegative = 0.0
-    """Standard deviation of the experts' output projection (of lora: B) at the start; 0 starts as the
-    pre-trained encoder."""
+    """Standard deviation of the experts' output projection (of lora: B) at the start; 0 starts as
+    the pre-trained encoder."""
     temperature: Positive = 1.0
     """Divides the gate's logits; anything but 1 is warned about (arXiv:2602.01466)."""
     cooperation_threshold: Share = option(0.0, read_when="model.moe.top_k > 1")
@@ -113,10 +113,10 @@ class MoeConfig:
     task_embedding_width: Width = option(64, read_when="model.moe.route_by = task or both")
     """Width of the task embedding that ``route_by: task | both`` reads."""
     task_prior: NotNegative | Literal["own"] = 0.0
-    """Experts that lean to a task: they are dealt to the tasks in turn (expert e to task e modulo the
-    number of tasks), and those of its task have this much more in a token's logits, throughout the
-    run. own: a task sees its own experts and the shared one alone. 0 is off; ``route_by`` task or
-    both."""
+    """Experts that lean to a task: they are dealt to the tasks in turn (expert e to task e modulo
+    the number of tasks), and those of its task have this much more in a token's logits, throughout
+    the run. own: a task sees its own experts and the shared one alone. 0 is off; ``route_by`` task
+    or both."""
     gate_scale: Positive | Literal["auto"] = "auto"
     """Factor of the gate's weights, which sum to 1. auto: selected experts weigh 1 on average at
     the start, so that the experts of a token learn as fast as one dense block of their total width:
@@ -167,21 +167,21 @@ class ModelConfig:
     (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random); decoder-only
     ``kit:smollm2`` (SmolLM2-135M-Instruct) and ``smoke:llama`` (tiny, random)."""
     trust_remote_code: Flag = False
-    """Let the repositories of encoder and vision tower run their own Python code; counts on the command line
-    alone, also for a dry run."""
+    """Let the repositories of encoder and vision tower run their own Python code; counts on the
+    command line alone, also for a dry run."""
     keep_layers: Count | Annotated[Text, KEPT_LAYERS] | None = None
     """Builds the encoder from some of its pre-trained layers: a number takes so many, evenly spaced
     and the last one included, ``top-3`` the last three, ``bottom-3`` the first three; null keeps
     all."""
     random_width: Width | None = None
     """Builds an encoder of this hidden width with random weights: tokenizer, family, number of
-    layers and width of an attention head are those of ``model.encoder``, the feed-forward is as many
-    times wider as there; null takes the pre-trained weights."""
+    layers and width of an attention head are those of ``model.encoder``, the feed-forward is as
+    many times wider as there; null takes the pre-trained weights."""
     start_from: Given | None = None
-    """Folder of an export of comoe that this run starts from: its encoder, the heads of tasks with the
-    same name, kind and labels, and its experts. The blocks of a run with one dense block per layer
-    (``moe.num_experts: 1``) become experts: ``moe.top_k`` of them, with the shared one, have its
-    hidden units (arXiv:2212.05055). null starts from the pre-trained encoder alone."""
+    """Folder of an export of comoe that this run starts from: its encoder, the heads of tasks with
+    the same name, kind and labels, and its experts. The blocks of a run with one dense block per
+    layer (``moe.num_experts: 1``) become experts: ``moe.top_k`` of them, with the shared one, have
+    its hidden units (arXiv:2212.05055). null starts from the pre-trained encoder alone."""
     dropout: Share | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the
     heads."""
@@ -212,8 +212,8 @@ class ContrastiveConfig:
     first_steps: CountFrom0 = 0
     """Optimizer steps at the start of the run that learn from this term alone, before the heads, as
     SetFit does for few labels (arXiv:2209.11055). They count in ``train.max_steps`` and
-    ``train.epochs``, are not evaluated, and have a warm-up and a schedule of their own; those of the
-    tasks begin after them. With ``weight: 0`` the term ends there. 0 is no such stage."""
+    ``train.epochs``, are not evaluated, and have a warm-up and a schedule of their own; those of
+    the tasks begin after them. With ``weight: 0`` the term ends there. 0 is no such stage."""
     temperature: Temperature = 0.1
     """Divides the cosine similarities."""
     learn_temperature: Flag = False
@@ -332,8 +332,8 @@ class LossConfig:
 
 @section
 class DistillConfig:
-    """Soft labels: what finished models, the teachers, say of every post for every task that they know.
-    A post without a label of a task is learned from all the same."""
+    """Soft labels: what finished models, the teachers, say of every post for every task that they
+    know. A post without a label of a task is learned from all the same."""
 
     teachers: Annotated[list[Given], DIFFERENT] = field(default_factory=list)
     """Exports of comoe (folders), of any encoder: joint ones, one per task, or several per task,
@@ -348,8 +348,8 @@ class DistillConfig:
     """Weight of the loss on gold labels beside the soft loss, in tasks with teachers or
     ``soft_label``."""
     annealing: Literal["none", "linear"] = "none"
-    """none, or linear: from soft to gold labels over the run; the gold loss weighs p and the soft loss
-    of posts with a gold label 1 - p, p the share of the steps done (BAM, arXiv:1907.04829)."""
+    """none, or linear: from soft to gold labels over the run; the gold loss weighs p and the soft
+    loss of posts with a gold label 1 - p, p the share of the steps done (BAM, arXiv:1907.04829)."""
     unlabelled: Annotated[list[Given], DIFFERENT] = option([], read_when="distill.teachers > 0")
     """Files, folders or hub names of posts, with or without labels, that join training with the
     teachers' soft labels alone; relative to ``data.root``. Each is a data set to
@@ -393,8 +393,8 @@ class RunConfig:
         ],
         DIFFERENT,
     ] = field(default_factory=lambda: ["tensorboard"])
-    """Where the numbers of the run go beside ``metrics.jsonl``. All but tensorboard need a package of their
-    own, and take account, project and address from its variables (``MLFLOW_TRACKING_URI``,
+    """Where the numbers of the run go beside ``metrics.jsonl``. All but tensorboard need a package
+    of their own, and take account, project and address from its variables (``MLFLOW_TRACKING_URI``,
     ``WANDB_PROJECT``, ...); images and histograms go to tensorboard alone."""
 
 
@@ -444,8 +444,8 @@ class DataConfig:
     """Keep at most this many training posts per data set (chosen by ``train.seed``); null keeps
     all."""
     limit_eval: Count | None = None
-    """Keep at most this many validation and test posts per data set (chosen by ``split_seed``); null
-    keeps all."""
+    """Keep at most this many validation and test posts per data set (chosen by ``split_seed``);
+    null keeps all."""
     validation_fraction: Share = 0.1
     """Share of the training posts that becomes the validation split where a data set has none
     (stratified by label, chosen by ``split_seed``)."""
@@ -505,8 +505,8 @@ OWN_COLUMNS = ("text", "error", "truncated", "windows", "image_error")
 
 @section
 class TaskConfig:
-    """One task. Tasks with the same path, format, subset, splits, text and image columns share their
-    posts."""
+    """One task. Tasks with the same path, format, subset, splits, text and image columns share
+    their posts."""
 
     path: Text = ""
     """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val,
@@ -570,19 +570,19 @@ class TaskConfig:
     """Columns; the main metrics are also given for the posts of each of their values
     (``accuracy@implicit=true``)."""
     prompt: Annotated[Text, PROMPT] | None = None
-    """What a model with a decoder reads of a post for a task of kind text or label_words: {text} and
-    {pair} stand for the cleaned post and its second text. A post too long for ``data.max_length``
-    loses the end of {text}."""
+    """What a model with a decoder reads of a post for a task of kind text or label_words: {text}
+    and {pair} stand for the cleaned post and its second text. A post too long for
+    ``data.max_length`` loses the end of {text}."""
     label_words: Names = field(default_factory=list)
     """Words that the decoder scores for each label, in the order of ``labels``; empty are the
     labels themselves."""
     length_normalized: Flag = False
-    """Predict by the mean log-probability of a token of each label's words instead of by their sum, so
-    that labels of many tokens are not at a disadvantage; kind label_words only. Training is the
+    """Predict by the mean log-probability of a token of each label's words instead of by their sum,
+    so that labels of many tokens are not at a disadvantage; kind label_words only. Training is the
     same."""
     max_answer_length: Annotated[Whole, Ge(3), at_most(100_000)] = 32
-    """Longest prediction of kind text in tokens, its end token included; longer ones in the data are cut
-    and counted."""
+    """Longest prediction of kind text in tokens, its end token included; longer ones in the data
+    are cut and counted."""
     num_beams: Annotated[Whole, Ge(1), at_most(1_000)] = 1
     """Beams of the search for a prediction of kind text; 1 is greedy."""
     balanced_sampling: Flag = False
@@ -680,12 +680,14 @@ class TrainConfig:
     """Peak rate of experts and private parts."""
     router_learning_rate: Rate | Literal["auto"] | None = "auto"
     """Peak rate of the gates' projections and the task embeddings; auto is 10 times
-    ``expert_learning_rate``, at most 0.01 (or that rate, where it is higher). null makes them a part of the experts."""
+    ``expert_learning_rate``, at most 0.01 (or that rate, where it is higher). null makes them a
+    part of the experts."""
     head_learning_rate: Rate = 5e-4
     """Peak rate of heads and projections."""
     layer_decay: PositiveShare = 1.0
-    """Each layer of the encoder (and of the decoder) learns at this times the rate of the layer above
-    it: the last one at ``learning_rate``, the embeddings at the lowest. 1 is one rate for all."""
+    """Each layer of the encoder (and of the decoder) learns at this times the rate of the layer
+    above it: the last one at ``learning_rate``, the embeddings at the lowest. 1 is one rate for
+    all."""
     weight_decay: NotNegative = 0.01
     """Decay of matrices; norms, biases and loss weights have none."""
     betas: Annotated[list[Share], Len(2, 2)] = field(default_factory=lambda: [0.9, 0.999])
@@ -696,8 +698,8 @@ class TrainConfig:
     """Momentum of sgd."""
     average_weights: Share = 0.0
     """Decay of a moving average of the weights over the steps, which evaluations, the choice of the
-    best checkpoint, and exports use: 0.99 looks back on about 100 steps (the mean of all steps until
-    there are so many). 0 is off."""
+    best checkpoint, and exports use: 0.99 looks back on about 100 steps (the mean of all steps
+    until there are so many). 0 is off."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """linear, cosine, or constant, after the warm-up."""
     warmup_fraction: Share = 0.06
@@ -706,9 +708,9 @@ class TrainConfig:
     """Keep only each encoder layer's input and compute the rest again in the backward pass: less
     memory, about a third more time, the same numbers."""
     max_grad_norm: NotNegative | Literal["auto"] = "auto"
-    """Gradients are scaled down to this norm, of all weights together; 0 switches clipping off. auto
-    is 3 times the median norm of the last 100 steps: only outliers are scaled down, however long
-    the gradients of the recipe are."""
+    """Gradients are scaled down to this norm, of all weights together; 0 switches clipping off.
+    auto is 3 times the median norm of the last 100 steps: only outliers are scaled down, however
+    long the gradients of the recipe are."""
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: Count | Literal["auto"] = "auto"
@@ -725,8 +727,8 @@ class TrainConfig:
     early."""
     calibrate: Flag = True
     """At the end of the run fit a temperature per task on the validation posts, so that
-    probabilities are frequencies; it changes no prediction. The calibration error is reported in any
-    case."""
+    probabilities are frequencies; it changes no prediction. The calibration error is reported in
+    any case."""
     fit_thresholds: Flag = True
     """At the end of the run fit the probability from which a label is given (multi_label;
     single_label with two labels) on the validation posts; kept only where it also gains on posts
@@ -761,9 +763,9 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimization."""
     plugins: Annotated[list[Given], DIFFERENT] = field(default_factory=list)
-    """Modules of your own (``my_package.module``), or plugins that a package installed, whose metrics, kinds,
-    losses, readers and gates this recipe uses. Their code runs, so a module is imported only where it is
-    named on the command line too (``--plugins``)."""
+    """Modules of your own (``my_package.module``), or plugins that a package installed, whose
+    metrics, kinds, losses, readers and gates this recipe uses. Their code runs, so a module is
+    imported only where it is named on the command line too (``--plugins``)."""
 
 
 __all__ = [

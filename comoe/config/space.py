@@ -1,4 +1,4 @@
-"""The search space of ``comoe tune``: a YAML file with ranges and choices for options of a recipe."""
+"""The search space of ``comoe tune``: a YAML file of ranges and choices for options of a recipe."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MAX_DEPTH = 50
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Plain YAML values; ValueError with the line for what could be meant otherwise, or takes too much.
+    """Plain YAML values; ValueError with the line for what may mean something else, or is too large.
 
     Source of the values that are read otherwise: YAML 1.1, which PyYAML follows (octal and base 60
     numbers, dates).

@@ -23,9 +23,9 @@ def printable(text: str) -> str:
 class SafeStream:
     """A text stream in the place of standard output or error.
 
-    What is written is ``printable``; carriage returns at the beginning and end of a write stay, which
-    progress bars draw with. Once writing fails (closed pipe, closed terminal, full disk below a log
-    file), the rest is dropped: what is printed is no reason to end a run.
+    What is written is ``printable``; carriage returns at the beginning and end of a write stay,
+    which progress bars draw with. Once writing fails (closed pipe, closed terminal, full disk below
+    a log file), the rest is dropped: what is printed is no reason to end a run.
 
     Args:
         stream: where to write.
@@ -70,7 +70,7 @@ class SafeStream:
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Standard output and error as ``SafeStream`` while the block runs; safe ones stay as they are."""
+    """Standard output and error as ``SafeStream`` while the block runs; safe ones stay."""
     # A command that was started without them would give their numbers to the next files it opens.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

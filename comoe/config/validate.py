@@ -1,4 +1,4 @@
-"""Rules that bind several options; types and ranges of single ones are in ``comoe.config.recipe``."""
+"""Rules that bind several options; those of single ones are in ``comoe.config.recipe``."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class Collator:
         return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
 
     def _text_numbers(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """Rows of a post have its text, but those of tasks in decoder mode a prompt of their own."""
+        """Rows of a post have its text, those of tasks in decoder mode a prompt of their own."""
         texts = [(post, task if task in self._decoded else -1) for post, task in pairs]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         return torch.tensor([numbers[text] for text in texts], dtype=torch.int64)
@@ -257,7 +257,7 @@ def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: in
 
 
 def _ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
-    """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; at least one column."""
+    """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; D is at least 1."""
     return _padded(rows, length=max(1, *map(len, rows)), fill=IGNORED)
 
 

@@ -25,7 +25,7 @@ from comoe.tasks.task import Task, kind_of
 
 
 def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
-    """At most ``count`` posts in their order, drawn by the seed; fewer are always a part of more."""
+    """At most ``count`` posts in their order, drawn by the seed; fewer are a part of more."""
     if count is None or count >= len(posts):
         return posts
     return posts.take(np.sort(np.random.default_rng(seed).permutation(len(posts))[:count]))

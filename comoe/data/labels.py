@@ -1,4 +1,4 @@
-"""Labels of a task in its posts: which there are, how many, and whether there is something to learn."""
+"""Labels of a task in its posts: which, how many, and whether there is something to learn."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _doubtful(labels: Sequence[str], counts: Counter[str]) -> list[str]:
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, rounded once: a resume on another machine finds the same bits."""
+    """Mean and standard deviation, rounded once: a resume elsewhere finds the same bits."""
     mean = math.fsum(values) / len(values)
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 

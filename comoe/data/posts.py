@@ -134,7 +134,7 @@ class PostSplit:
 def _columnwise(
     splits: Sequence[PostSplit], make: Callable[[list[Sequence[Any]]], list[Any]]
 ) -> PostSplit:
-    """A split with each column made of the same column of some splits; ``groups`` is the caller's."""
+    """A split whose columns are made of those of some splits; ``groups`` is the caller's."""
     plain = ("texts", "pairs", "words", "origins", "images")
     made = {name: make([getattr(split, name) for split in splits]) for name in plain}
     for name in ("labels", "confidences", "soft_labels", "columns"):

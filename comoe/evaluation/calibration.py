@@ -72,9 +72,9 @@ class Rule:
 class Calibrator:
     """Fits on the validation posts, then reads every split as the export will.
 
-    ``tasks`` are those given, with ``temperature``, ``thresholds`` and ``prior`` from the moment that
-    validation was taken on. Deterministic in the outputs, so it is the same on every rank that has
-    them.
+    ``tasks`` are those given, with ``temperature``, ``thresholds`` and ``prior`` from the moment
+    that validation was taken on. Deterministic in the outputs, so it is the same on every rank that
+    has them.
 
     Args:
         tasks: as trained.
@@ -135,9 +135,9 @@ class Calibrator:
         )
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Task -> ``temperature``, ``thresholds``, ``prior``, ``score_prior`` and ``decision`` (metric,
-        at_half, held_out), each None where nothing was fitted; ``score_power``; and ``ece`` and
-        ``nll``: split -> before, after. Plain numbers.
+        """Task -> ``temperature``, ``thresholds``, ``prior``, ``score_prior`` and ``decision``
+        (metric, at_half, held_out), each None where nothing was fitted; ``score_power``; and
+        ``ece`` and ``nll``: split -> before, after. Plain numbers.
         """
         return {
             task.name: self._report[task.name] for task in self.tasks if task.name in self._report
@@ -319,8 +319,8 @@ def with_calibration(
 
 
 def label_mix(gold: np.ndarray, num_labels: int) -> tuple[float, ...]:
-    """Share of the posts that have each label, with half a post more in each label, and, where labels
-    are independent, half a post more without it: no share is 0 or 1.
+    """Share of the posts that have each label, with half a post more in each label, and, where
+    labels are independent, half a post more without it: no share is 0 or 1.
 
     Args:
         gold: label ids (N,), or 0/1 (N, Y).

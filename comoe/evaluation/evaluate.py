@@ -25,7 +25,7 @@ SLICED_METRICS = ("accuracy", "macro_f1")
 def slice_scores(
     gold: Any, scores: Any, task: Task, columns: Mapping[str, Sequence[str | None]]
 ) -> dict[str, float]:
-    """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` for every value of the task's slices.
+    """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` of every slice of the task.
 
     A post whose cell is empty is in no slice.
 

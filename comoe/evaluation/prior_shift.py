@@ -102,7 +102,7 @@ def fit_prior(
 def estimated(
     chunks: Chunks, prior_Y: np.ndarray, *, exclusive: bool, power: float = 1.0
 ) -> np.ndarray:
-    """The likeliest rates of the labels among some posts, float64, (Y,), by expectation-maximization.
+    """The likeliest rates of labels among some posts, float64, (Y,), by expectation-maximization.
 
     Args:
         chunks: probabilities of the posts; called once per round.

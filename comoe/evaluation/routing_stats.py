@@ -46,9 +46,9 @@ class RoutingSummary:
     by_layer: Mapping[str, np.ndarray]
     """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task;
     expert) of the routes, and of the gate weights weight_monopoly, weight_effective_experts and
-    weight_task_information; update_ratio (rms norm of the block's update over that of the state that
-    it read), gate_entropy (mean entropy of a token's normalized scores over ln E, 1 when the gate
-    prefers no expert) and weight_spread (standard deviation of the selected weights over their
+    weight_task_information; update_ratio (rms norm of the block's update over that of the state
+    that it read), gate_entropy (mean entropy of a token's normalized scores over ln E, 1 when the
+    gate prefers no expert) and weight_spread (standard deviation of the selected weights over their
     mean)."""
     by_task: Mapping[str, np.ndarray]
     """Measure -> (layers, T): the same without the two informations."""
@@ -270,8 +270,8 @@ def share_measures(share: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def mutual_information(counts_LTE: np.ndarray) -> np.ndarray:
-    """I(task; expert) of the routes of each layer: how much the expert reveals about the task; 0 when
-    every task uses the experts alike, at most min(ln T, ln E).
+    """I(task; expert) of the routes of each layer: how much the expert reveals about the task; 0
+    when every task uses the experts alike, at most min(ln T, ln E).
 
     Args:
         counts_LTE: routes (or gate weight) per layer, task and expert.

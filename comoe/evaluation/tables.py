@@ -131,7 +131,7 @@ def calibration_sentences(report: Report) -> list[str]:
 def format_results_table(
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]
 ) -> str:
-    """The table that ends a run: main metric of each task on each split, beside the majority baseline.
+    """The table that ends a run: each task's main metric on each split, beside the majority baseline.
 
     Args:
         metrics: split (validation, test, unseen) -> task -> metric -> value; a split or task

@@ -1,4 +1,4 @@
-"""Decision thresholds: from which probability on a label is given, where 0.5 is not the best choice.
+"""Decision thresholds: the probability that a label needs, where 0.5 is not the best choice.
 
 A threshold is chosen on the posts of the validation split, and kept only where it also pays on
 posts that did not choose it: each fifth of the posts is decided by the threshold of the other four,

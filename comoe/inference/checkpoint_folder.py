@@ -13,8 +13,8 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-"""Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without it
-was cut short."""
+"""Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without
+it was cut short."""
 
 BEST = "best.json"
 """Names the step of the best checkpoint."""

@@ -174,7 +174,7 @@ def _build(
     A damaged number could ask for any memory and time otherwise.
     """
     # The library's models take seconds to import, and another backend wants none of them.
-    from comoe.models.model import build_model
+    from comoe.models.build import build_model
 
     for part in ("encoder", "tower"):
         for key, value in dict(config.get(part) or {}).items():

@@ -19,8 +19,8 @@ LOGITS, ATTENTION, EMBEDDING = "comoe.logits.", "comoe.attention.", "comoe.embed
 """Beginnings of the names of outputs, before that of the task; and the one of ``OnnxModel.embed``."""
 
 TOKENS = 384
-"""Tokens of a pass for each thread. What lies between two products then stays in the cache: of 8 bits
-four times as many take two fifths longer per post."""
+"""Tokens of a pass for each thread. What lies between two products then stays in the cache: of 8
+bits four times as many take two fifths longer per post."""
 
 SLOWER = ["SkipLayerNormFusion"]
 """What onnxruntime 1.32 fuses to operations that take longer on a CPU than their parts."""

@@ -64,9 +64,9 @@ def open_posts(
 ) -> PostStream:
     """Find an input, and the columns to read.
 
-    Columns that are not given are those that ``tasks`` of ``model`` had in training, if the input has
-    them. In a .txt file every line is a post. Cells stay as they are: the predictor reports a wrong
-    one.
+    Columns that are not given are those that ``tasks`` of ``model`` had in training, if the input
+    has them. In a .txt file every line is a post. Cells stay as they are: the predictor reports a
+    wrong one.
 
     Args:
         source: as of ``open_stream``.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from comoe.config.recipe import DistillConfig, LossConfig, MoeConfig, Recipe
+from comoe.config.recipe import DistillConfig, LossConfig, MoeConfig
 from comoe.distributed import sum_over_ranks, world_size
 from comoe.losses.adversarial import AdversarialLoss, count_domains
 from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, replayed
@@ -21,7 +20,7 @@ from comoe.losses.orthogonal import OrthogonalLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.model import MultiTaskModel
 from comoe.models.moe.router import build_gate
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import (
@@ -207,8 +206,9 @@ class Objective(nn.Module):
     def weights_at(self, step: int) -> dict[str, float]:
         """Term -> its weight in an optimizer step; of terms that do not run then nothing.
 
-        In the first steps of ``loss.contrastive.first_steps`` the contrastive term has 1, all others
-        and the tasks 0: they run all the same, so that every parameter has a gradient on every rank.
+        In the first steps of ``loss.contrastive.first_steps`` the contrastive term has 1, all
+        others and the tasks 0: they run all the same, so that every parameter has a gradient on
+        every rank.
         """
         if step in self.first_steps:
             return {name: float(term.over_embeddings) for name, term in self.terms.items()}
@@ -445,9 +445,9 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, the posts that it learns from, what the mean over its soft
-    labels is divided by, then the means at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``, in one
-    micro-batch: (3 T + 3,), float64.
+    """What each task's mean is divided by, the posts that it learns from, what the mean over its
+    soft labels is divided by, then the means at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``, in
+    one micro-batch: (3 T + 3,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
@@ -489,42 +489,3 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     """``Batch.unit_scale_T``: W * accumulation / units of the whole optimizer step, float32; 0 for an absent task."""
     scale_T = world_size * accumulation / units_T.double()
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
-
-
-def build_objective(
-    recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0, shape: bool = False
-) -> Objective:
-    """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed.
-
-    Args:
-        recipe: the recipe.
-        tasks: in the order of their ids.
-        num_domains: values that ``loss.adversarial`` predicts.
-        shape: build it on the meta device, without reading weights: to be measured, not to be run.
-
-    Raises:
-        ValueError: an encoder that cannot be loaded, or nothing in the model trains.
-    """
-    model = build_model(
-        recipe.model,
-        tasks,
-        image_text=recipe.loss.image_text,
-        recompute=recipe.train.activation_checkpointing,
-        shape=shape,
-    )
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise ValueError(
-            f"model.train_layers ({recipe.model.train_layers}) leaves nothing to train: a decoder predicts every task, "
-            "so there are no heads; set it to all or to a number of last layers, or give the model experts "
-            "(model.moe.num_experts) or private parts (model.private_width)."
-        )
-    with torch.device("meta") if shape else nullcontext():
-        return Objective(
-            model,
-            tasks,
-            recipe.loss,
-            recipe.model.moe,
-            seed=recipe.train.seed,
-            num_domains=num_domains,
-            distill=recipe.distill,
-        )

@@ -66,10 +66,10 @@ def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | fl
 class BalanceLoss:
     """Mean of ``balance_loss`` over layers, with the load of the whole optimizer step so far.
 
-    One micro-batch may well be of one topic; to demand an even load of it kills specialization. So the
-    shares f_i are counted over all ranks and over the micro-steps since ``begin_step``, and p_i is
-    the mean over the tokens of the whole optimizer step (``Batch.unit_scale_T``), however they are
-    cut into micro-steps; in a decoder's layers over its target tokens. Every call is a
+    One micro-batch may well be of one topic; to demand an even load of it kills specialization. So
+    the shares f_i are counted over all ranks and over the micro-steps since ``begin_step``, and p_i
+    is the mean over the tokens of the whole optimizer step (``Batch.unit_scale_T``), however they
+    are cut into micro-steps; in a decoder's layers over its target tokens. Every call is a
     collective of all ranks.
     """
 

@@ -2,7 +2,8 @@
 
 A row's prompt is computed once for all labels: their tokens lie side by side behind it in one
 sequence, every label at the positions right behind the prompt, and the attention mask shows a token
-the prompt and its own label's tokens before it alone. So one pass gives what a pass per label would.
+the prompt and its own label's tokens before it alone. So one pass gives what a pass per label
+would.
 """
 
 from __future__ import annotations

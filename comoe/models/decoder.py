@@ -100,8 +100,8 @@ class TaskDecoder:
     def teacher_force(
         self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]
     ) -> DecoderOutput:
-        """Log-probability of the text that each row wants, in one pass; of a task with soft labels, of
-        every label's words.
+        """Log-probability of the text that each row wants, in one pass; of a task with soft labels,
+        of every label's words.
 
         Args:
             states_BLM: the encoder's last states, as the decoder is to read them.

@@ -25,8 +25,8 @@ class FanOut:
     """U, less than B."""
 
     def to_rows(self, value: Any) -> Any:
-        """What is per text, per row: states (U, N, M), masks (U, N) or (U, ., N, N), position biases
-        (U, heads, N, N). All else, such as what is per row already, as it is."""
+        """What is per text, per row: states (U, N, M), masks (U, N) or (U, ., N, N), position
+        biases (U, heads, N, N). All else, such as what is per row already, as it is."""
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.num_texts:
             return value
         # Two dimensions of floating-point numbers are a table of the encoder. DeBERTa's relative
@@ -66,7 +66,7 @@ class Texts:
         return Texts(*own, weights, numbers, draws)
 
     def distinct(self) -> tuple[Texts, FanOut | None]:
-        """Each text once, and which of them each row has; themselves and None where each has its own.
+        """Each text once, and which one each row has; themselves and None where each has its own.
 
         So too where rows have weights, which their embeddings are multiplied by.
         """
@@ -94,8 +94,8 @@ class EncoderInputs:
     """Tokens per row that the encoder sees, N; text has the first L of them as far as it is
     real."""
     image_index_Z: Tensor | None = None
-    """Positions in the flattened (B * N), int64, of the image tokens of real images, or of the labels
-    that a decoder-only model scores behind the texts."""
+    """Positions in the flattened (B * N), int64, of the image tokens of real images, or of the
+    labels that a decoder-only model scores behind the texts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from comoe.tasks.task import Task
 from comoe.types import Probe
 
 FIRST_LOGITS = 0.5
-"""Standard deviation of the logits of a head that starts at texts: a likely label has about twice the
-probability of an unlikely one, so that texts which mislead cost little."""
+"""Standard deviation of the logits of a head that starts at texts: a likely label has about twice
+the probability of an unlikely one, so that texts which mislead cost little."""
 
 LEAST_SPREAD = 1e-3
 """Least standard deviation that is scaled to it, as a share of the states' length."""
@@ -138,9 +138,9 @@ class TaskHead(nn.Module):
     def start_at(self, texts_YM: Tensor, posts_BM: Tensor) -> None:
         """Let the logits start as the likeness of a post to the texts of the labels.
 
-        w_y = a d_y / |d_y| with d_y = t_y - mean t, and b_y = -w_y . mean p: the mean post is of no label,
-        and a gives the logits of the posts the standard deviation ``FIRST_LOGITS``. Centered on the
-        texts instead, logits of short plain sentences would favor one label for all posts.
+        w_y = a d_y / |d_y| with d_y = t_y - mean t, and b_y = -w_y . mean p: the mean post is of no
+        label, and a gives the logits of the posts the standard deviation ``FIRST_LOGITS``. Centered
+        on the texts instead, logits of short plain sentences would favor one label for all posts.
 
         Args:
             texts_YM: pooled states of the labels' texts.

@@ -1,11 +1,9 @@
-"""The whole model in plain PyTorch, and how it is built: pre-trained, from an export, or as its shape alone."""
+"""The whole model in plain PyTorch: its parts, and one forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig
-from comoe.models.activation_checkpointing import recompute_layers
 from comoe.models.causal import Answers, LabelScorer
 from comoe.models.decoder import DecoderOutput, TaskDecoder
 from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
 from comoe.models.encoders.attach import attach_experts, trained_layers
-from comoe.models.encoders.build import (
-    build_encoder,
-    build_encoder_from_config,
-    build_encoder_shape,
-)
 from comoe.models.encoders.families import (
     family_of,
     freeze_encoder,
@@ -35,74 +27,17 @@ from comoe.models.encoders.input_scaling import input_weights, scale_inputs
 from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, probe
 from comoe.models.moe.block import (
     ContextHolder,
-    CooperativeBlock,
     GatedBlock,
     RoutingContext,
     of_first,
     without_tokens,
 )
 from comoe.models.moe.gate import GATES, draw
-from comoe.models.moe.lora import adapters_of
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
-from comoe.models.vision.tower import (
-    Tower,
-    build_tower,
-    build_tower_from_config,
-    build_tower_shape,
-    expected_tokens,
-)
+from comoe.models.vision.tower import Tower, expected_tokens
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, ModelOutput, Sharing
-
-
-def build_model(
-    config: ModelConfig,
-    tasks: Sequence[Task],
-    *,
-    encoder_config: dict[str, Any] | None = None,
-    tower_config: dict[str, Any] | None = None,
-    image_text: ImageTextConfig | None = None,
-    recompute: bool = False,
-    shape: bool = False,
-) -> MultiTaskModel:
-    """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
-
-    Args:
-        config: ``model``; ``config.encoder`` must be a folder or hub name here.
-        tasks: the tasks in the order of their ids.
-        encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read
-            then.
-        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads images.
-        image_text: ``loss.image_text``, see ``MultiTaskModel``.
-        recompute: activation checkpointing, see ``MultiTaskModel``.
-        shape: build it on the meta device, every size and no number, so that a plan of the largest
-            model takes no memory; of encoder and tower only config.json is read.
-    """
-    generates, vision = bool(decoder_tasks(tasks)), config.vision
-    if shape:
-        encoder = build_encoder_shape(config, generates=generates)
-    elif encoder_config is None:
-        encoder = build_encoder(config, generates=generates)
-    else:
-        encoder = build_encoder_from_config(
-            encoder_config, dropout=config.dropout, generates=generates
-        )
-    tower = None
-    if tower_config is not None:
-        tower = build_tower_from_config(tower_config, train=vision.train_tower)
-    elif vision.tower is not None and shape:
-        tower = build_tower_shape(vision, trust_remote_code=config.trust_remote_code)
-    elif vision.tower is not None:
-        # Reading it draws numbers in vain, how many depends on the layout; what is new must begin
-        # alike on all.
-        with torch.random.fork_rng([]):
-            tower = build_tower(vision, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta") if shape else nullcontext():
-        return MultiTaskModel(
-            encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute
-        )
-
 
 HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
@@ -139,7 +74,6 @@ class MultiTaskModel(nn.Module):
         tower: reads images; None where the model reads none, or where its encoder does.
         image_text: ``loss.image_text``, to be trained for it too; None where it only predicts, as
             in an export.
-        recompute: keep only each layer's input for the backward pass (activation checkpointing).
     """
 
     def __init__(
@@ -150,7 +84,6 @@ class MultiTaskModel(nn.Module):
         *,
         tower: Tower | None = None,
         image_text: ImageTextConfig | None = None,
-        recompute: bool = False,
     ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
@@ -164,8 +97,6 @@ class MultiTaskModel(nn.Module):
         self._blocks = tuple(
             attach_experts(encoder, config.moe, self.holder, len(tasks), dropout=config.dropout)
         )
-        if recompute:
-            recompute_layers(encoder, self.holder)
         self.draws = bool(self._blocks) and GATES[config.moe.gate].draws
         reads_task = any(block.task_projection is not None for block in self._blocks)
         self.task_embedding = (
@@ -246,14 +177,15 @@ class MultiTaskModel(nn.Module):
         """
         texts, mask_BL = self._texts(batch), batch.attention_mask_BL
         images = self.embed_images(batch)
-        answers = None
-        if self.scorer is not None and decode:
-            answers = self.scorer.answers(batch, training=self.training)
+        scored = decode and self.scorer is not None
+        answers = self.scorer.answers(batch, training=self.training) if scored else None
         encoding = self.encode(texts, images, selected, answers)
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = probe(shared_BLM, self.tasks, partial(self._logits, mask_BL=mask_BL))
+            more["probe"] = probe(
+                shared_BLM, self.tasks, lambda i, states: self._head(i, states, mask_BL)[0].logits
+            )
         logits, embeddings, attentions, private = self.head_outputs(shared_BLM, mask_BL)
         decoded = None
         if self.decoder is not None and decode:
@@ -304,9 +236,6 @@ class MultiTaskModel(nn.Module):
             for salt in (self.holder.seed, max(batch.step, 0), self.holder.view):
                 draws_B = draw(draws_B, salt)
         return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
-
-    def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
-        return self._head(place, shared_BLM, mask_BL)[0].logits
 
     def head_outputs(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
         """Logits, embeddings, attentions and updates of private parts of the tasks with heads."""
@@ -455,7 +384,7 @@ class MultiTaskModel(nn.Module):
 
     @property
     def longest_text(self) -> int:
-        """Most tokens of a post that the encoder can number, beside its image where it reads that."""
+        """Most tokens of a post that the encoder can number, beside an image that it reads."""
         return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
 
     @property
@@ -464,13 +393,6 @@ class MultiTaskModel(nn.Module):
         if self.decoder is None:
             return None
         return len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
-
-    def expert_weights(self) -> list[nn.Parameter]:
-        """The weights of all experts, without their gates."""
-        blocks = [block for block in self._blocks if isinstance(block, CooperativeBlock)]
-        routed = [weight for block in blocks for weight in block.mixture.experts.parameters()]
-        adapters = adapters_of(self.encoder)
-        return [*routed, *(weight for one in adapters for weight in (one.lora_A, one.lora_B))]
 
     def moe_layers(self) -> list[GatedBlock]:
         """What has a gate, in layer order: the cooperative blocks, or the gates of LoRA experts."""

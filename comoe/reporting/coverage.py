@@ -23,7 +23,7 @@ POSTS, CORPORA, DRAWS = 1000, 200, 200
 def coverage(
     validation: TaskPredictions, test: TaskPredictions, *, corpora: int, seed: int = 0
 ) -> tuple[float, float, float, float]:
-    """Share of intervals that hold the truth, corrected and counted; mean absolute errors of both."""
+    """Share of intervals with the truth, corrected and counted; mean absolute errors of both."""
     order = [validation.labels.index(label) for label in test.labels]
     confusion = validation.gold[:, order].T @ validation.values[:, order]
     of_label = [np.flatnonzero(gold_N == 1) for gold_N in test.gold.T]

@@ -158,7 +158,7 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
 
 
 def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
-    """The posts of a corpus that have a gold label of a task in a column; cells without one are empty.
+    """The posts of a corpus with a gold label of a task in a column; cells without one are empty.
 
     Raises:
         ValueError: no such task or column, or no cell with a label.

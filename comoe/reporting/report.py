@@ -323,7 +323,7 @@ class _Section:
         }
 
     def examples(self) -> dict[str, Any]:
-        """Label -> the texts of highest score, and those nearest to another label, each text once."""
+        """Label -> texts of highest score, and those nearest to another label, each text once."""
         found = {}
         for number, label in enumerate(self.task.labels):
             rows = np.flatnonzero(self.task.values[:, number] == 1)

@@ -18,10 +18,10 @@ MOST_COMPARED = 2000
 
 
 def told_apart(first: Sequence[str], second: Sequence[str], *, seed: int = 0) -> float | None:
-    """How well words tell one collection of posts from the other: area under the ROC curve, 0.5 to 1.
+    """How well words tell two collections of posts apart: area under the ROC curve, 0.5 to 1.
 
-    A logistic regression on TF-IDF of words and pairs of words, on halves that it has not seen. Posts
-    that are in both count for neither. None where fewer than 20 are left of one.
+    A logistic regression on TF-IDF of words and pairs of words, on halves that it has not seen.
+    Posts that are in both count for neither. None where fewer than 20 are left of one.
     """
     common = set(first) & set(second)
     generator = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ class QueueFull(Exception):
 
 
 class Closed(Exception):
-    """The queue takes no more requests: a newer revision has taken over, or its thread has ended."""
+    """The queue takes no more requests: a newer revision took over, or its thread has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, key: Hashable, posts: Sequence[Any], tokens: Sequence[int]) -> Future:
-        """Queue the posts of a request; the future has the list of their results, and may be canceled.
+        """Queue the posts of a request; the future has the list of results, and may be canceled.
 
         Args:
             key: requests with equal keys may be done together.

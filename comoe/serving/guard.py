@@ -41,7 +41,7 @@ address that it listens at: a foreign page cannot borrow them."""
 
 
 class Problem(Exception):
-    """A request that is not fulfilled, and why: status, a word for programs, a sentence for people."""
+    """Why a request is not fulfilled: status, a word for programs, a sentence for people."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)

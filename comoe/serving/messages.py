@@ -66,7 +66,7 @@ class Post(Strict):
         return len(self.text or "") + len(self.pair or "") + sum(map(len, words)) + len(words)
 
     def columns(self) -> dict[str, Any]:
-        """Text, second text, words and image, as the predictor reads them; half a character is none."""
+        """Text, second text, words, image, as the predictor reads them; half a character is none."""
         text, pair = (value and whole_characters(value) for value in (self.text, self.pair))
         words = self.words and [whole_characters(word) for word in self.words]
         return {"text": text, "pair": pair, "words": words, "image": self.image}

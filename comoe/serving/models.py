@@ -29,7 +29,8 @@ LOG = logging.getLogger("comoe.serving")
 
 BYTES_PER_TOKEN = 3
 """Of UTF-8: a Chinese character, or three letters, which is less than most tokens have. Decides how
-many posts are taken at once; a forward pass is then cut by the tokens that they turn out to have."""
+many posts are taken at once; a forward pass is then cut by the tokens that they turn out to
+have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Served:
     def tokens(
         self, post: Mapping[str, Any], rows: int, what: str = PREDICT, tasks: Sequence[Task] = ()
     ) -> int:
-        """About how many tokens a post has in a batch of so many rows per post, or what takes as long.
+        """About the tokens of a post in a batch of so many rows per post, or what takes as long.
 
         By gradients each of ``tasks`` with a head on the whole post is explained on its own.
         """

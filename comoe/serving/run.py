@@ -170,7 +170,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bound(address: Address) -> socket.socket:
-    """A socket that is bound before the models are read, which takes long; it listens when they are."""
+    """A socket, bound before the models are read, which takes long; it listens when they are."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = found[0]

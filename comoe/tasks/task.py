@@ -51,8 +51,8 @@ class Task:
     confidence_strategy: str = "none"
     """Key of ``CONFIDENCE_STRATEGIES``."""
     temperature: float | None = None
-    """What predictions divide logits by, so that probabilities are frequencies; no loss reads it. None:
-    not fitted, 1."""
+    """What predictions divide logits by, so that probabilities are frequencies; no loss reads it.
+    None: not fitted, 1."""
     thresholds: tuple[float, ...] | None = None
     """Probabilities from which labels are given: one per label, or, where two labels exclude one
     another, that of the label with id 1. None is 0.5."""
@@ -60,8 +60,8 @@ class Task:
     """Share of the validation posts that have each label, half a post added to each side. None: not
     known."""
     score_prior: tuple[float, ...] | None = None
-    """The mix of labels that its probabilities are for, as the validation posts show it; another one
-    than ``prior`` where training weighed classes. None: not known."""
+    """The mix of labels that its probabilities are for, as the validation posts show it; another
+    one than ``prior`` where training weighed classes. None: not known."""
     score_power: float = 1.0
     """Power of its probabilities that goes with it."""
     label_mean: float = 0.0
@@ -101,7 +101,7 @@ class Task:
         return not self.rules.num_keys(self.labels)
 
     def weighs(self, place: str) -> bool:
-        """Whether the confidence of a post counts at this place in training: "input" or "output"."""
+        """Whether a post's confidence counts at this place in training: "input" or "output"."""
         return place in CONFIDENCE_STRATEGIES[self.confidence_strategy]
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run would do, printed instead of done: recipe, labels, sample posts after cleaning, memory."""
+"""What a run would do, printed instead of done: recipe, labels, cleaned sample posts, memory."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
 def sample_lines(
     task: Task, split: PostSplit, config: NormalizeConfig, *, seen: Seen | None = None
 ) -> list[str]:
-    """The first labeled posts of a task, cleaned as the encoder will see them, each after its label.
+    """The first labeled posts of a task, as the encoder will see them, each after its label.
 
     Where a decoder predicts, its own words, end token included, and the prompt with the post in it.
 

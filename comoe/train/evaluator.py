@@ -1,4 +1,4 @@
-"""Evaluation inside a run: every rank runs the same number of forwards, all get the same numbers."""
+"""Evaluation inside a run: all ranks run as many forwards, and all get the same numbers."""
 
 from __future__ import annotations
 

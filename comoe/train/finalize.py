@@ -102,7 +102,7 @@ def finalize(run: TrainingRun) -> None:
 
 
 def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> None:
-    """Diagrams of every split and task into ``plots/`` and TensorBoard, and the errors as scalars."""
+    """Diagrams of every split and task in ``plots/`` and TensorBoard, and the errors as scalars."""
     report = calibrator.report()
     for (split, task), both in calibrator.pairs.items() if monitor.enabled else ():
         errors = {

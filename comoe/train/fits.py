@@ -21,8 +21,8 @@ from comoe.train.parallel.ds_config import Layout
 from comoe.train.start_model import build_model
 
 ROUGHLY = 3
-"""A plan of more than so many times the memory is refused also for what it can only estimate, such as
-activations; a run that is nearer is tried, and ends with advice where the memory is short."""
+"""A plan of more than so many times the memory is refused also for what it can only estimate, such
+as activations; a run that is nearer is tried, and ends with advice where the memory is short."""
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files with the limit of a container, in bytes."""

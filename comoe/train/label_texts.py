@@ -35,9 +35,9 @@ def start_heads(
 ) -> None:
     """Let the heads of tasks with ``descriptions`` start at their texts (``TaskHead.start_at``).
 
-    Texts and posts are pooled by the head itself, over the last states of the pre-trained encoder alone,
-    which rank 0 reads once more, whole under ZeRO-3 too. Every rank must call it, before DeepSpeed
-    takes the model.
+    Texts and posts are pooled by the head itself, over the last states of the pre-trained encoder
+    alone, which rank 0 reads once more, whole under ZeRO-3 too. Every rank must call it, before
+    DeepSpeed takes the model.
 
     Args:
         model: with its first weights.

@@ -43,6 +43,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.models.encoders.families import expert_width, family_of, has_decoder
 from comoe.models.model import MultiTaskModel
+from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.lora import LoraLinear, adapters_of, widths_of
 from comoe.models.moe.router import ROUTES
 from comoe.models.vision.tower import expected_tokens
@@ -65,7 +66,7 @@ class Work:
     layers: int = 0
     """Encoder layers."""
     shared_layers: int = 0
-    """Of them those below the first block where the gate reads the task: they read each text once."""
+    """Of them, where the gate reads the task, those below the first block: a text is read once."""
     shared_tokens: int = 0
     """Tokens of the micro-batch that these layers read."""
     width: int = 0
@@ -164,7 +165,7 @@ class DecoderWork:
     """Vocabulary V of the decoder's outputs."""
 
     def activation_bytes(self, number: int) -> int:
-        """All layers with what they look at, the gathered states of their rows, and the embeddings."""
+        """All layers with what they look at, the gathered states of their rows, the embeddings."""
         layers = self.own.layers if not self.own.recompute else min(1, self.own.layers)
         gathered = self.read_tokens * self.own.width * number * (self.own.layers > 0)
         return self.own.activation_bytes(number) + layers * self.look_bytes(number) + gathered
@@ -409,11 +410,13 @@ DEFAULT_BUCKET = 500_000_000
 def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
     """Parameters of the whole model, a vision tower's too: in all, in experts, dense, frozen, and active per token."""
     total = _elements(model.parameters())
-    experts = _elements(model.expert_weights())
+    adapters, blocks = adapters_of(model), model.moe_layers()
+    mixtures = [block.mixture for block in blocks if isinstance(block, CooperativeBlock)]
+    experts = sum(_elements(mixture.experts.parameters()) for mixture in mixtures)
+    experts += _elements(weight for one in adapters for weight in (one.lora_A, one.lora_B))
     frozen = _elements(parameter for parameter in model.parameters() if not parameter.requires_grad)
     # All LoRA experts of a token run; the weights of those that are not selected are 0.
-    all_run = bool(adapters_of(model))
-    share = 1.0 if all_run else top_k / max(1, model.config.num_local_experts)
+    share = 1.0 if adapters else top_k / max(1, model.config.num_local_experts)
     return {
         "total": total,
         "experts": experts,

@@ -89,7 +89,7 @@ def _taken(folder: Path, *, overwrite: bool) -> str:
 
 
 def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
-    """Refuse to go on with other tasks than a run began with: its weights would predict something else.
+    """Refuse to go on with other tasks than a run began with, which its weights do not predict.
 
     Args:
         folder: of the run.

@@ -23,7 +23,7 @@ PRE_TRAINED = ("encoder", "tower")
 
 
 def start_from_export(config: ModelConfig, model: MultiTaskModel) -> list[str]:
-    """Put the weights of the export into a new model, in place; nothing without ``model.start_from``.
+    """Put the export's weights into a new model, in place; nothing without ``model.start_from``.
 
     Optimizer moments and schedule begin anew: they belong to the run that made the export, and a
     router or a new head has none.

@@ -12,7 +12,8 @@ from comoe.config.recipe import Recipe
 from comoe.data.collator import Collator
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.data.tokens.vocabulary import embedding_problem
-from comoe.losses.objective import Objective, build_objective
+from comoe.losses.build import build_objective
+from comoe.losses.objective import Objective
 from comoe.starter.registry import as_typed
 from comoe.train.checkpoint.folder import find_checkpoint
 from comoe.train.label_texts import start_heads

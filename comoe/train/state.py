@@ -62,8 +62,8 @@ class TrainState:
     evaluated_at: int = 0
     """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
     grad_norms: list[float] = field(default_factory=list)
-    """Gradient norms before clipping of the last ``NORMS_KEPT`` steps that changed the weights; those
-    of the contrastive stage are forgotten at its end."""
+    """Gradient norms before clipping of the last ``NORMS_KEPT`` steps that changed the weights;
+    those of the contrastive stage are forgotten at its end."""
     clipped_total: int = 0
     """Steps whose gradient was scaled down."""
     mixing: list[dict[str, Any]] = field(default_factory=list)
@@ -154,9 +154,9 @@ def total_steps(config: TrainConfig, *, steps_per_epoch: int) -> int:
 def rate_factor(step: int, *, total: int, config: TrainConfig, first: int = 0) -> float:
     """Share of the peak rate in step ``step`` (from 0): linear warm-up, then the schedule, over ``total`` steps.
 
-    The ``first`` steps of them, and the rest, have each a warm-up and a schedule of their own: a head
-    that learns nothing in the first ones has moments of 0, with which Adam's first steps are three
-    times as long as they are at the start of a run.
+    The ``first`` steps of them, and the rest, have each a warm-up and a schedule of their own: a
+    head that learns nothing in the first ones has moments of 0, with which Adam's first steps are
+    three times as long as they are at the start of a run.
     """
     if step < first:
         total = first

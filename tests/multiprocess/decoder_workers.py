@@ -191,7 +191,7 @@ def by_one_process(
 ) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
     from comoe.inference.exported import fill_in
-    from comoe.models.model import build_model
+    from comoe.models.build import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))
     model = build_model(recipe(models[family], ep=1).model, tasks(family), encoder_config=config)
@@ -228,7 +228,7 @@ def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> di
 def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     """The same steps by PyTorch alone: no DeepSpeed."""
     from comoe.losses.objective import Objective
-    from comoe.models.model import build_model
+    from comoe.models.build import build_model
 
     answers = {}
     for family, encoder in models.items():

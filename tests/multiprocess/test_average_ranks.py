@@ -37,7 +37,7 @@ MOVED = "ZeRO 3, experts shared"
 
 def plain(encoder: str) -> dict[str, np.ndarray]:
     """The averages of one PyTorch process, in float64."""
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
 
     recipe = recipe_of(encoder, **OPTIONS)
     torch.manual_seed(5)
@@ -55,7 +55,7 @@ def plain(encoder: str) -> dict[str, np.ndarray]:
 
 
 def averaged(encoder: str, *, folder: str, engines: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
     from comoe.train.checkpoint.folder import find_checkpoint
     from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
     from comoe.train.parallel.setup import gather_full_state

@@ -74,7 +74,7 @@ def construct(encoder: str, *, ways: Sequence[str], experts: int) -> list[dict[s
     import deepspeed
 
     from comoe.distributed import world_size
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
     from comoe.train.parallel.ds_config import fill_settings, plan_layout
     from comoe.train.parallel.setup import building, start_ranks
 

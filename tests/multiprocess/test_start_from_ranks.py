@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comoe.inference.export import Backbone, export_model
-from comoe.losses.objective import build_objective
+from comoe.losses.build import build_objective
 from tests.helpers_export import tiny_tokenizer
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess.test_layouts import ADAMW, MANY, TOLERANCE, off_in_losses, off_in_weights

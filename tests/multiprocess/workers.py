@@ -183,7 +183,7 @@ def build(
 ) -> Any:  # fmt: skip
     """(engine, layout) of this rank."""
     from comoe.distributed import world_size
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
     from comoe.train.parallel.ds_config import fill_settings, plan_layout
     from comoe.train.parallel.engine import Engine
     from comoe.train.parallel.setup import build_deepspeed_engine, building, start_ranks
@@ -281,7 +281,7 @@ def case(
     ``paired``: rows share texts, and the batch says so.
     """
     from comoe.distributed import sum_over_ranks, world_size
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
     from comoe.train.parallel.setup import gather_full_state
     from comoe.train.state import norm_limit
 
@@ -355,7 +355,7 @@ def plain_case(
     **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
-    from comoe.losses.objective import build_objective
+    from comoe.losses.build import build_objective
     from comoe.train.start_from import start_from_export
 
     recipe = recipe_of(encoder, **changes)

@@ -221,8 +221,8 @@ def _fits(text: Any, spans: Iterable[tuple]) -> bool:
 
 
 def _given(name: str, opinions: Opinions, kind: str, several: set[str]) -> list[Any]:
-    """What each annotator says. Nobody has to tick one of several boxes or mark a span: an annotation without any
-    says that."""
+    """What each annotator says. Nobody has to tick one of several boxes or mark a span: an
+    annotation without any says that."""
     if kind == SPANS or name in several:
         return [told.get(name, frozenset()) for told in opinions]
     found = [told[name] for told in opinions if name in told]

@@ -115,7 +115,7 @@ def read_input(
     text: str | None = None,
     kinds: Mapping[str, Kind] | None = None,
 ) -> RawSplit:
-    """What an option of a command names: a file is read whole, of a folder or hub data set one split.
+    """What an option of a command names: a file whole, of a folder or hub data set one split.
 
     ``text`` and ``kinds`` are those of ``Source``.
 
@@ -166,7 +166,7 @@ def format_of(path: Path) -> str | None:
 
 
 def unread_files(source: Source) -> list[str]:
-    """One sentence for each split that also lies there in another format than the one that is read."""
+    """One sentence for each split that lies there in a second format, which is not read."""
     place = Path(source.path)
     if not place.is_dir():
         return []

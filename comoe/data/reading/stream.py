@@ -225,7 +225,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
 
 def _hub(source: str) -> RowStream:
-    """A split of a data set of the hub, fetched while it is read. Its own Python code is never run."""
+    """A split of a data set of the hub, fetched while it is read. Its Python code is never run."""
     name, _, split = source.removeprefix(HUB).partition(":")
     loaded = load_hub("--input", name, streaming=True)
     if not split and len(loaded) > 1:

@@ -1,4 +1,4 @@
-"""Folders of TweetEval: a file of posts, a file of label ids beside it, and the names of the labels."""
+"""Folders of TweetEval: a file of posts, one of label ids beside it, and the names of the labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches in which every label has company: the contrastive loss learns nothing of a label's only post.
+"""Batches in which every label has company: a label's only post has no contrastive loss.
 
 Pure functions of the seed and the step, as all sampling is.
 """

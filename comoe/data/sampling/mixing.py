@@ -102,7 +102,7 @@ def loss_gains(
 
 
 def draws_per_epoch(rates_G: np.ndarray, *, total: int) -> np.ndarray:
-    """Whole draws per data set that add up to ``total``, by largest remainder; int64, shape (G,)."""
+    """Whole draws per data set that sum to ``total``, by largest remainder; int64, shape (G,)."""
     exact = rates_G * total
     # The small number keeps 2999.9999999 from losing the post that makes proportional mixing exact.
     draws = np.floor(exact + 1e-6).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Which posts make up a step: mixed over data sets, similar in length, the same on any number of ranks.
+"""Which posts make up a step: mixed over data sets, similar in length, whatever the ranks.
 
 Everything here is a pure function of the seed, the step and, where rates follow the progress, of
 the history of rates that ``TrainState`` keeps: a resumed run draws the posts that the uninterrupted
@@ -61,7 +61,7 @@ class SamplerConfig:
 
 
 class TrainSampler:
-    """Deals the training posts: one global batch per optimizer step, cut into micro-steps and ranks.
+    """Deals the training posts: a global batch per optimizer step, cut into micro-steps and ranks.
 
     An epoch has as many draws as there are posts. Each data set is a stream of fresh shuffles, and
     its draws are spread evenly over the epoch; under ``proportional`` mixing every post comes

@@ -99,7 +99,7 @@ def links_and_users(text: str, *, link: str, url: str, user: str) -> str:
 
 
 def _placed(text: str, pattern: str, placeholder: str) -> str:
-    """Every match becomes the placeholder; a placeholder that holds a match itself is left alone."""
+    """Every match becomes the placeholder; one that holds a match itself is left alone."""
 
     def apart(match: re.Match[str]) -> str:
         begin, end = match.span()

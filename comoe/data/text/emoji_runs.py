@@ -23,7 +23,8 @@ def replace_runs(text: str, replace: Callable[[str], str]) -> str:
 
     Outside of runs of signs that emoji consist of nothing is to be found; a long run is cut where
     an emoji begins that no earlier one can change. The result is that of ``replace`` on the whole
-    text, except that no letter is lost before a joined emoji with a second skin tone, as it is there.
+    text, except that no letter is lost before a joined emoji with a second skin tone, as it is
+    there.
     """
     return _runs().sub(lambda run: "".join(map(replace, _pieces(run[0]))), text)
 

@@ -1,7 +1,7 @@
 """Cleaning of the text of a post before it is tokenized.
 
-All presets are idempotent, so a model predicts the same for cleaned and for raw text. A post that has
-any visible character never becomes empty.
+All presets are idempotent, so a model predicts the same for cleaned and for raw text. A post that
+has any visible character never becomes empty.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def strict(text: str, config: NormalizeConfig) -> str:
 
 
 def _plain(text: str, *, emoji_to: Callable[[str], str]) -> str:
-    """HTML entities to characters, also doubly escaped ones; emoji to words; invisible characters gone.
+    """HTML entities to characters, doubly escaped ones too; emoji to words; no invisible characters.
 
     Only entities with a semicolon: "?a=1&copy=2" has none. In turns: each can leave the others
     something to do.
@@ -170,7 +170,7 @@ def _single_blanks(text: str) -> str:
 
 
 def _replace(text: str, pattern: str, placeholder: str) -> str:
-    """Every match becomes the placeholder; a placeholder that holds a match itself is left alone."""
+    """Every match becomes the placeholder; one that holds a match itself is left alone."""
     either = f"{pattern}|{re.escape(placeholder)}" if placeholder else pattern
     return re.sub(either, lambda match: placeholder, text)
 

@@ -1,4 +1,4 @@
-"""Inputs and targets of an encoder-decoder as token ids: filled prompts, free texts, label words."""
+"""Inputs and targets of an encoder-decoder in token ids: filled prompts, free texts, label words."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def _shortened(
     excess: int,
     total: int,
 ) -> Values:
-    """The values with one field shorter, by as many tokens as are too many; repeated until they fit."""
+    """The values with one field shorter, by as many tokens as are too many, until they fit."""
     field = next(name for name in FIELDS if values[name] and name in spans)
     text, begins = values[field], spans[field]
     drop = math.ceil(excess / len(begins))
@@ -334,7 +334,7 @@ def _filled(parts: Parts, values: Values) -> tuple[str, dict[str, list[int]]]:
 def _encoded(
     tokenizer: Any, texts: list[str], frame: Frame | None
 ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
-    """(ids, where each token stands in the text) of each text; None for tokenizers in pure Python."""
+    """(ids, places of the tokens in the text) of each text; None for tokenizers in pure Python."""
     made = tokenizer(texts, add_special_tokens=frame is None, verbose=False)
     before, after = frame or ([], [])
     if not tokenizer.is_fast:

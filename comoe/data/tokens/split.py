@@ -136,7 +136,7 @@ def tokenize_split(
     cache_dir: Path | None = None,
     distilled: Container[str] = (),
 ) -> TokenizedSplit:
-    """Clean and tokenize a split, once: later calls with the same posts and settings read the cache.
+    """Clean and tokenize a split, once: later calls with these posts and settings read the cache.
 
     Args:
         split: raw posts.

@@ -40,7 +40,7 @@ RAW = 10
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of N posts in flat arrays; post i has entries ``offsets[i]`` to ``offsets[i + 1]``."""
+    """The tokens of N posts in flat arrays; post i has ``offsets[i]`` to ``offsets[i + 1]``."""
 
     input_ids: np.ndarray
     """Token ids, int32."""
@@ -156,7 +156,7 @@ def cached_tokens(
     normalize: NormalizeConfig | None,
     cache_dir: Path | None,
 ) -> Tokens:
-    """``tokenize``, read from ``cache_dir`` where the same posts were tokenized the same way before."""
+    """``tokenize``, read from ``cache_dir`` where the same posts were tokenized alike before."""
 
     def make() -> Tokens:
         return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
@@ -234,7 +234,7 @@ def _rows(
     *,
     max_length: int,
 ) -> list[_Row]:
-    """Tokens of a chunk. The tokenizer takes plain texts, words, and pairs of both in one call each."""
+    """Tokens of a chunk, by one call each for plain texts, words, and pairs of both."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
     alike: dict[tuple[bool, bool], list[int]] = {}
     for i, (first, pair) in enumerate(zip(firsts, pairs, strict=True)):

@@ -49,16 +49,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def is_causal(tokenizer: Any) -> bool:
-    """Whether it is the tokenizer of a decoder-only model: it has an end token, but puts none behind
-    a text, and no token that stands for a text or between two."""
+    """Whether it is the tokenizer of a decoder-only model: it has an end token, but puts none
+    behind a text, and no token that stands for a text or between two."""
     if tokenizer.eos_token_id is None or {tokenizer.cls_token_id, tokenizer.sep_token_id} != {None}:
         return False
     return tokenizer.eos_token_id not in tokenizer("a", verbose=False)["input_ids"]
 
 
 def prepare_causal(tokenizer: Any) -> None:
-    """Let the tokenizer of a decoder-only model pad behind the text, and take special tokens in posts
-    as the text that they are, in place; others stay as they are."""
+    """Let the tokenizer of a decoder-only model pad behind the text, and take special tokens in
+    posts as the text that they are, in place; others stay as they are."""
     if not is_causal(tokenizer):
         return
     tokenizer.padding_side = "right"

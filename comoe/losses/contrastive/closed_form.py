@@ -63,8 +63,8 @@ class TaskRows:
     affinity: Callable[[Tensor, Tensor], Tensor] | None
     """Keys (N, K) and (U, K) -> w (N, U), symmetric, in [0, 1]; None: 1 for equal keys, else 0."""
     hidden_rows_X: Tensor
-    """Own row of each (own row, other column) pair of one post: neither a candidate nor a positive. A
-    pair of rows of this step is hidden from both. Both have the same key: a post does not change
+    """Own row of each (own row, other column) pair of one post: neither a candidate nor a positive.
+    A pair of rows of this step is hidden from both. Both have the same key: a post does not change
     its label."""
     hidden_columns_X: Tensor
     """Column of each such pair, of this step or past."""
@@ -166,9 +166,9 @@ class AnchorSums:
     def _pulled(self, columns_CP: Tensor, factors_C: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over an own row's candidates of w_ij f_j z_j, (N, P), and of w_ij f_j, (N,).
 
-        Rows of one key are summed first, so the affinity is computed between different keys only. A row's
-        own key is taken apart: there the row itself is left out by subtraction, which is exact
-        where it stands alone.
+        Rows of one key are summed first, so the affinity is computed between different keys only. A
+        row's own key is taken apart: there the row itself is left out by subtraction, which is
+        exact where it stands alone.
         """
         rows = self.rows
         scaled_CQ = torch.cat([columns_CP * factors_C[:, None], factors_C[:, None]], dim=1)

@@ -101,9 +101,9 @@ class ContrastiveLoss(nn.Module):
 
     L_i = logsumexp over candidates j of s_ij - weighted mean over positives p of s_ip, s = cosine /
     temperature; a task's loss is the mean over its anchors with a positive, on all ranks. What a
-    positive is, and what it weighs, is the affinity of the task's kind. Candidates are all other rows
-    of the task, of all ranks and of the queue, but for copies of the anchor's own post; where there
-    are views, these are its positives.
+    positive is, and what it weighs, is the affinity of the task's kind. Candidates are all other
+    rows of the task, of all ranks and of the queue, but for copies of the anchor's own post; where
+    there are views, these are its positives.
 
     A learned temperature at its floor falls no further: where the sum over ranks of its gradient
     would lead there, it is 0 on all of them. Under ``over: local`` each rank decides by its own.

@@ -109,7 +109,7 @@ def _inside(
 def _maps(
     layer: nn.Module, targets: str, skipped: tuple[str, ...]
 ) -> Iterator[tuple[nn.Module, str]]:
-    """Where the linear maps of a layer are that get experts: their owners, and their names there."""
+    """Where the linear maps of a layer that get experts are: owners, and names there."""
     for path, module in list(layer.named_modules()):
         in_attention = ATTENTION.search(path) is not None
         if is_linear(module) and TARGETS[targets](in_attention) and not path.endswith(skipped):
@@ -153,7 +153,7 @@ TARGETS: dict[str, Callable[[bool], bool]] = {
     "feed_forward": lambda in_attention: not in_attention,
     "all": lambda in_attention: True,
 }
-"""Word in ``model.moe.targets`` -> whether a map gets experts, by whether it lies in the attention."""
+"""Word in ``model.moe.targets`` -> whether a map, in the attention or not, gets experts."""
 
 
 SCOPES: dict[str, bool] = {"model": False, "layer": True}

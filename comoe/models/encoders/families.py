@@ -70,21 +70,21 @@ class Family:
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Fields with the number of layers of each stack."""
     without_experts: tuple[str, ...] = ()
-    """Ends of the paths, within a layer, of linear maps that ``model.moe.form: lora`` gives no experts: they read
-    more than the layer's own tokens."""
+    """Ends of the paths, within a layer, of linear maps that ``model.moe.form: lora`` gives no
+    experts: they read more than the layer's own tokens."""
     alike: bool = True
-    """True where all layers of the only stack are of one form, so that any of them make an encoder."""
+    """True where all layers of the only stack are alike, so that any of them make an encoder."""
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a Hugging Face ``model_type``; ValueError with the supported ones for another."""
+    """The family of a Hugging Face ``model_type``; ValueError with the supported ones for others."""
     if model_type not in FAMILIES:
         raise unknown_name("model.encoder: the encoder's model_type", model_type, FAMILIES)
     return FAMILIES[model_type]
 
 
 def is_whole(encoder: nn.Module) -> bool:
-    """True for a model with an output layer for words, False for its stack, or an encoder, alone."""
+    """True for a model with an output layer for words, False for its stack or an encoder alone."""
     return bool(family_of(encoder.config.model_type).stacks) and encoder.can_generate()
 
 
@@ -129,7 +129,7 @@ def check_alike(option: str, value: Any, model_type: str) -> None:
 
 
 def keep_layers(encoder: nn.Module, kept: int | str) -> None:
-    """Leave only some layers, in place; the configuration follows, so that an export builds the same.
+    """Leave only some layers, in place, and in the configuration, so that an export builds the same.
 
     Args:
         encoder: a model of ``build_encoder``, before blocks are attached.
@@ -150,7 +150,7 @@ def keep_layers(encoder: nn.Module, kept: int | str) -> None:
 
 
 def kept_layers(kept: int | str, num_layers: int) -> list[int]:
-    """Numbers of the layers of ``model.keep_layers``, ascending; ValueError for more than there are."""
+    """Numbers of the layers of ``model.keep_layers``, ascending; ValueError where some are missing."""
     place, count = ("even", kept) if isinstance(kept, int) else kept.split("-")
     if int(count) > num_layers:
         raise ValueError(

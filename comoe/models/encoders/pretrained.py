@@ -139,7 +139,7 @@ def _equal_shares(source: Tensor, target: Tensor) -> bool:
 
 @contextmanager
 def readable_errors(name: str, role: Role) -> Iterator[None]:
-    """Inside, an error of the library becomes a ValueError with the name and what to give instead."""
+    """Inside, an error of the library becomes a ValueError with name and what to give instead."""
     try:
         with cached_where_unreachable(name):
             yield

@@ -90,7 +90,7 @@ class RoutingContext:
     """Layer -> experts that an earlier pass over the same tokens selected (S, k): this one routes
     alike."""
     mixing: dict[int, Tensor] = field(default_factory=dict)
-    """Layer of a ``LoraGate`` -> weight of each expert for each position (B * L, E), 0 on padding."""
+    """Layer of a ``LoraGate`` -> weight of each expert per position (B * L, E), 0 on padding."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
     fan_out: FanOut | None = None
@@ -199,8 +199,8 @@ class CooperativeBlock(GatedBlock):
         dropout: probability on the update.
         num_tasks: T.
 
-    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025). A shared expert beside those of the tasks:
-    PLE (RecSys 2020).
+    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025). A shared expert beside those of the
+    tasks: PLE (RecSys 2020).
     """
 
     def __init__(

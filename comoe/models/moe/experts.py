@@ -194,7 +194,7 @@ def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj:
 
 
 def run_tiled(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """The same for any dtype and width, by batched matrix products over tiles of rows of one expert."""
+    """The same for any dtype and width, by batched products over tiles of rows of one expert."""
     (N, M), E = x_NM.shape, counts_E.shape[0]
     tile = tile_rows(N, E)
     tiles = N // tile + E

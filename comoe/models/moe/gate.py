@@ -37,8 +37,8 @@ class TopKGate:
         selected_Sk: Tensor | None = None,
         own_SE: Tensor | None = None,
     ) -> Routing:
-        """Route S tokens; deterministic. ``selected_Sk`` settles the experts, and only their weights are computed;
-        with ``own_SE`` a token sees only these experts."""
+        """Route S tokens; deterministic. ``selected_Sk`` settles the experts, and only their
+        weights are computed; with ``own_SE`` a token sees only these experts."""
         scores_SE = self.score(wide(logits_SE) / self.temperature)
         return select_experts(
             logits_SE,
@@ -150,7 +150,7 @@ class RandomGate(UniformGate):
 
 
 def draw(numbers_B: Tensor, salt: int) -> Tensor:
-    """A number from 0 to 2^62 for each number, as if at random, the same on every machine: splitmix64.
+    """A number from 0 to 2^62 for each number, as if at random, on all machines alike: splitmix64.
 
     Args:
         numbers_B: int64.
@@ -174,8 +174,8 @@ _GOLDEN, _FIRST, _SECOND = (
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32: so routing decides, whatever the model's precision (float64 stays, for references in
-    tests)."""
+    """The tensor in float32: so routing decides, whatever the model's precision (float64 stays, for
+    references in tests)."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -251,8 +251,8 @@ OWN = "own"
 
 
 def dealt_experts(tasks_B: Tensor, num_experts: int, num_tasks: int) -> Tensor:
-    """Which experts belong to each row's task, bool (B, E): expert e to task e mod T; where there are
-    more tasks than experts, task t has expert t mod E.
+    """Which experts belong to each row's task, bool (B, E): expert e to task e mod T; where there
+    are more tasks than experts, task t has expert t mod E.
 
     Args:
         tasks_B: numbers of tasks, int64.
@@ -266,8 +266,8 @@ def dealt_experts(tasks_B: Tensor, num_experts: int, num_tasks: int) -> Tensor:
 
 
 def balanced_together(config: MoeConfig, num_tasks: int) -> list[slice]:
-    """Groups of experts whose loads a balance rule makes even: all, or under ``task_prior: own`` those of
-    each task, because the tasks' tokens are not equally many."""
+    """Groups of experts whose loads a balance rule makes even: all, or under ``task_prior: own``
+    those of each task, because the tasks' tokens are not equally many."""
     if config.task_prior != OWN:
         return [slice(None)]
     return [slice(task, None, num_tasks) for task in range(num_tasks)]

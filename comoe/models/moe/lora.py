@@ -82,7 +82,7 @@ class LoraGate(GatedBlock):
 
     @torch.no_grad()
     def weights_of_tasks(self, embeddings_TD: Tensor) -> Tensor:
-        """Weight of each expert for every token of a task, (T, E): of a gate that does not read tokens.
+        """Weight of each expert for all tokens of a task, (T, E): of a gate that reads no tokens.
 
         Args:
             embeddings_TD: of the tasks, as many rows as there are tasks.
@@ -175,7 +175,7 @@ def widths_of(linear: nn.Module) -> tuple[int, int]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and GPT-2's ``Conv1D``, which is the same with its weight transposed."""
+    """True for ``nn.Linear`` and GPT-2's ``Conv1D``, the same with its weight transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

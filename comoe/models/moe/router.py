@@ -150,8 +150,8 @@ ROUTES: dict[str, RouteInputs] = {
 def logits_at_start(
     num_experts: int, std: float, *, prior: float | str = 0.0, num_tasks: int = 1
 ) -> Tensor:
-    """Logits of the experts that a token sees at the start, float64: the expected order statistics of a
-    normal distribution (Blom 1958), those of its task's experts raised by the prior.
+    """Logits of the experts that a token sees at the start, float64: the expected order statistics
+    of a normal distribution (Blom 1958), those of its task's experts raised by the prior.
 
     Args:
         num_experts: E.

@@ -1,4 +1,4 @@
-"""Experts from a dense block: the selected experts of each token give together what the block gave."""
+"""Experts from a dense block: the selected ones of each token together give what it gave."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def upcycle(
 ) -> dict[str, Tensor]:
     """The tensors of a block of experts that computes what a block of one expert does.
 
-    The hidden units of the dense block (those of its shared expert first) are cut into the new shared
-    expert and k slices. Expert e gets slice e mod k, so experts 0 to k - 1 are the whole block, k to
-    2 k - 1 again. The router's rows of these k are equal, so a token selects all of them, at equal
-    weights, or none: the output is that of the dense block up to rounding. With k = 1 each expert is
-    the whole block and its weight differs from token to token; 1 is its mean at the start.
+    The hidden units of the dense block (those of its shared expert first) are cut into the new
+    shared expert and k slices. Expert e gets slice e mod k, so experts 0 to k - 1 are the whole
+    block, k to 2 k - 1 again. The router's rows of these k are equal, so a token selects all of
+    them, at equal weights, or none: the output is that of the dense block up to rounding. With k =
+    1 each expert is the whole block and its weight differs from token to token; 1 is its mean at
+    the start.
 
     Args:
         dense: tensors of the dense block by their names in a ``CooperativeBlock``.

@@ -166,7 +166,7 @@ class LateFusion(Fusion):
         return self.image(tokens)
 
     def after(self, hidden_BLM: Tensor, mask_BL: Tensor, images: Images) -> Tensor:
-        """Text states plus the update of the rows with an image; exactly the text states elsewhere."""
+        """Text states plus the update of the rows with an image; elsewhere the text states."""
         update_ILM = self.update(hidden_BLM[images.places_I], images.tokens)
         update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype)
         return hidden_BLM.index_add(0, images.places_I, update_ILM * images.real(update_ILM))
@@ -242,7 +242,8 @@ class ImageTokens(Fusion):
     """The text encoder reads the image tokens right behind each post's text, as if they were words (MMBT).
 
     They take the positions that follow the text, segment 1 where the encoder knows segments, and a
-    learned vector that distinguishes them from a second text. A row without image masks their places.
+    learned vector that distinguishes them from a second text. A row without image masks their
+    places.
 
     Args:
         encoder: of the text; its word embeddings are looked up here.

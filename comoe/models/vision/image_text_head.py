@@ -54,7 +54,7 @@ class ImageTextHead(nn.Module):
         return F.normalize(text_IP.float(), dim=1), F.normalize(image_IP.float(), dim=1)
 
     def match_logits(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
-        """Logits of [another post's text, the image's own text] from fused states: (J, 2), float32."""
+        """Logits of [another post's text, the image's own] from fused states: (J, 2), float32."""
         return self.match(mean_state(hidden_JLM, mask_JL)).float()
 
 

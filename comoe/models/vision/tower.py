@@ -127,7 +127,7 @@ def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) 
 
 
 def image_side(config: ModelConfig) -> str | None:
-    """Folder or hub name whose image processor prepares the images; None where the model reads none.
+    """Folder or hub name whose processor prepares the images; None where the model reads none.
 
     Args:
         config: ``model``, ready-made names resolved.
@@ -147,7 +147,7 @@ def image_side(config: ModelConfig) -> str | None:
 
 
 def reads_images(config: ModelConfig) -> bool:
-    """Whether ``model.encoder`` is a model of both sides (ViLT); its configuration is read for it."""
+    """Whether ``model.encoder`` reads both sides (ViLT); its configuration is read for it."""
     _, hf_config = read_config(config.encoder, ENCODER, trust_remote_code=config.trust_remote_code)
     return hf_config.model_type in FAMILIES and FAMILIES[hf_config.model_type].single_stream
 

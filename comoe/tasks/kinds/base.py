@@ -68,9 +68,9 @@ Detokenize = Callable[[Tensor], list[str]]
 class Kind(ABC):
     """Rules of one kind of task. All methods are pure; an instance holds nothing.
 
-    ``loss`` and ``normalizer`` are sums over rows: over any partition of the rows they add up to those
-    of the whole. So a task's mean loss, ``sum of losses / sum of normalizers`` over all ranks, does not
-    depend on how posts fall on ranks.
+    ``loss`` and ``normalizer`` are sums over rows: over any partition of the rows they add up to
+    those of the whole. So a task's mean loss, ``sum of losses / sum of normalizers`` over all
+    ranks, does not depend on how posts fall on ranks.
     """
 
     mode: ClassVar[Mode] = "pooled"
@@ -86,8 +86,8 @@ class Kind(ABC):
     """Fewest labels that leave something to learn; 0 for kinds without labels, whose class weights
     and label smoothing would mean nothing."""
     soft: ClassVar[str] = ""
-    """What a soft label is: a task can be distilled into one whose kind says the same. Empty where there
-    is none."""
+    """What a soft label is: a task can be distilled into one whose kind says the same. Empty where
+    there is none."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
     ``metric: auto`` means."""
@@ -170,7 +170,7 @@ class Kind(ABC):
         return targets != IGNORED
 
     def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
-        """What ``loss`` is divided by to be a mean, float64 scalar: labeled rows (words, for tags)."""
+        """What makes ``loss`` a mean, float64 scalar: the number of labeled rows (tags: words)."""
         return self.labelled(targets).sum(dtype=torch.float64)
 
     @abstractmethod
@@ -188,7 +188,8 @@ class Kind(ABC):
 
     def soft_labels(self, logits: Tensor, task: TaskLike) -> Tensor:
         """What a teacher with these logits, (..., Y), says: probabilities as it was trained to give
-        them, before calibration, or numbers in the unit of the labels; of the same shape, float32."""
+        them, before calibration, or numbers in the unit of the labels; of the same shape,
+        float32."""
         return self.probabilities(logits.detach().float())
 
     def collate_soft(

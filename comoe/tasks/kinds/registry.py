@@ -17,8 +17,8 @@ from comoe.types import IGNORED
 
 
 class Unlabelled(Kind):
-    """Posts without label: no loss of its own, no prediction, no score. Parsed: 0, whatever the cell.
-    Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
+    """Posts without label: no loss of its own, no prediction, no score. Parsed: 0, whatever the
+    cell. Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
 
     scored = False
     metrics = ("none",)

@@ -122,7 +122,7 @@ class Regression(Kind):
         )
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
-        """The baseline predicts the mean, which correlates with nothing, so ``mae`` is given too."""
+        """The baseline predicts the mean, which correlates with nothing: ``mae`` is given too."""
         mean = np.full_like(gold, gold.mean() if len(gold) else 0.0)
         baselines = {
             f"majority/{name}": METRICS[name](gold, mean, ())

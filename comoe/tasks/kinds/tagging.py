@@ -96,7 +96,7 @@ class Tags(Kind):
         return soft
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
-        """``{"tags": [name per word], "scores": [its probability]}``; ``tag_spans`` finds the spans."""
+        """``{"tags": [name per word], "scores": [its probability]}``; spans by ``tag_spans``."""
         shown = []
         for output in outputs:
             logits = tempered(torch.as_tensor(output.logits), task)
@@ -141,7 +141,7 @@ class Tags(Kind):
     def score(
         self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
     ) -> dict[str, float]:
-        """Spans over posts, the rest over words; the baseline predicts "O", else the commonest tag."""
+        """Spans over posts, else over words; the baseline predicts "O", else the commonest tag."""
         predicted, labels = self.decided(scores, task), task.labels
         flat_gold, flat_predicted = _joined(gold), _joined(predicted)
         commonest = int(np.bincount(flat_gold, minlength=len(labels)).argmax())

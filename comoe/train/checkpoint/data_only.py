@@ -21,7 +21,7 @@ CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's optimizer state holds beside tensors and plain values."""
 
 ONLY_DATA, ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""Environment variables of torch: ``torch.load`` reads data alone, or runs whatever a pickle holds."""
+"""Environment variables of torch: ``torch.load`` reads data alone, or runs what a pickle holds."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from comoe.train.state import TrainState
 def checkpoint_to_resume(
     folder: Path, recipe: Recipe, tasks: Sequence[Task], *, verify: bool
 ) -> Found | None:
-    """The newest whole checkpoint of a run, whose recipe must still fit; None where it has none yet.
+    """The newest whole checkpoint of a run, whose recipe must still fit; None where there is none.
 
     Args:
         folder: of the run.

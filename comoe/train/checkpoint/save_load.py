@@ -48,7 +48,7 @@ class Diverged(ValueError):
 def save_checkpoint(
     folder: Path, engine: Engine, state: TrainState, layout: Layout, *, keep: int
 ) -> Path:
-    """Write one checkpoint; every rank must call it. Prunes all but the ``keep`` newest and the best.
+    """Write a checkpoint; every rank must call it. Prunes all but the ``keep`` newest and the best.
 
     Raises:
         Diverged: weights are not finite, or beyond all measure; nothing is written.
@@ -136,8 +136,8 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     """Restore weights, moments, random state and ``TrainState``; every rank must call it.
 
     DeepSpeed's files are pickles; ``reading_data_only`` lets none of them run code. On another
-    layout than the saved one the checkpoint is converted first, and dropout draws other numbers from
-    there on.
+    layout than the saved one the checkpoint is converted first, and dropout draws other numbers
+    from there on.
 
     Raises:
         ValueError: the checkpoint was saved over another layout, and the engine was not built to

@@ -37,7 +37,7 @@ PROBES = 4
 """Keepalive probes of an idle connection within ``patience``."""
 
 MARGIN = 60.0
-"""Seconds added to ``patience`` for TCP timeouts, so that the watchdog reports a silent rank first."""
+"""Seconds added to ``patience`` for TCP timeouts: the watchdog reports a silent rank first."""
 
 LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
 """Limits of Linux: pause between probes in seconds, wait for an acknowledgment in milliseconds."""

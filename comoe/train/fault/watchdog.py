@@ -222,7 +222,7 @@ class Watchdog:
             self._channel.send({"gone": rank(), "code": code, "why": why, "step": self.step})
 
     def explain(self, error: BaseException) -> None:
-        """Wait for the reason why a collective failed here, and end this process with that message."""
+        """Wait for the reason why a collective failed here, and end this process with it."""
         if self._channel is None:
             return
         text = str(error).splitlines()[0][:300]

@@ -24,7 +24,7 @@ SHOWN_IMAGES = 100
 
 
 def count_posts(batch: Batch) -> int:
-    """Posts of a batch: where the gate reads tasks a post is several rows, and a filler row is none."""
+    """Posts of a batch: where the gate reads tasks a post is several rows, a filler row none."""
     return int(torch.unique(batch.row_ids_B[batch.row_ids_B >= 0]).numel())
 
 

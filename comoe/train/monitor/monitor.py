@@ -267,7 +267,7 @@ class Monitor:
     def log_experts(
         self, step: int, changes: Mapping[str, Mapping[str, Any]], *, lines: Sequence[str]
     ) -> None:
-        """Show what experts and gate are worth: ``<condition>/<task>/<metric>``, and the table as text.
+        """Show what experts and gate are worth: ``<condition>/<task>/<metric>``, and a table as text.
 
         Args:
             step: of the weights.

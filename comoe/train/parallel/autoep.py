@@ -49,7 +49,7 @@ class CooperativeRouter(TokenChoiceTopKRouter):
     def forward(
         self, tokens_SM: Tensor, expert_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What AutoEP dispatches by: weights (S, k), indices (S, k), tokens per expert (E,) int32."""
+        """What AutoEP reads: weights (S, k), indices (S, k), tokens per expert (E,) int32."""
         routing = self.pending.route(self.gate, tokens_SM, self.e_score_correction_bias)
         return routing.weights_Sk, routing.indices_Sk, routing.counts_E.to(torch.int32)
 
@@ -66,8 +66,8 @@ class CooperativeExperts(GroupedExperts):
         *,
         mean_over: Any = None,
     ) -> Tensor:
-        """Rows sorted by expert to their outputs, as in AutoEP; with an order and weights, rows to weighted sums; with
-        a group of ranks, the output of the mean of all their experts."""
+        """Rows sorted by expert to their outputs, as in AutoEP; with an order and weights, rows to
+        weighted sums; with a group of ranks, the output of the mean of all their experts."""
         if mean_over is not None:
             gate_up, down = (
                 all_gather_in_group(part[None], mean_over).mean(dim=0).to(x_RM.dtype)

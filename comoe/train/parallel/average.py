@@ -1,4 +1,4 @@
-"""A moving average of the weights: kept beside them, put in their place for evaluation, saved whole."""
+"""A moving average of the weights: beside them, in their place for evaluation, saved whole."""
 
 from __future__ import annotations
 

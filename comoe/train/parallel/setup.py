@@ -186,9 +186,9 @@ def build_deepspeed_engine(
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: encoder, experts, router, heads, each with and without weight decay, and what
-    a weighting learns. Frozen parameters are left out. With ``train.layer_decay`` below 1 the encoder
-    has a group for each layer (arXiv:1801.06146)."""
+    """Optimizer groups: encoder, experts, router, heads, each with and without weight decay, and
+    what a weighting learns. Frozen parameters are left out. With ``train.layer_decay`` below 1 the
+    encoder has a group for each layer (arXiv:1801.06146)."""
     router_rate = recipe.train.router_learning_rate
     if router_rate == "auto":
         expert_rate = recipe.train.expert_learning_rate
@@ -325,7 +325,7 @@ def _of_rank(layer: Any, experts: Tensor) -> Tensor:
 
 
 def _share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """A rank's part of a whole weight: at ZeRO 3 an even share of its numbers, filled up with zeros."""
+    """A rank's part of a whole weight: at ZeRO 3 an even share of its numbers, zeros behind."""
     if not hasattr(parameter, "ds_id"):
         return whole
     size, group = parameter.ds_tensor.numel(), parameter.ds_process_group

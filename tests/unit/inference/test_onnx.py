@@ -21,8 +21,8 @@ from helpers_model import HF_CONFIGS, VARIANTS, moe_config
 from comoe.config.recipe import ModelConfig
 from comoe.inference.exported import load_exported
 from comoe.inference.predictor import Predictor
+from comoe.models.build import build_model
 from comoe.models.encoders.families import family_of
-from comoe.models.model import build_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

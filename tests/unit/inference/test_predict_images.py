@@ -27,7 +27,7 @@ from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
 from comoe.inference.score import DataChoice, format_scores, score
-from comoe.models.model import build_model
+from comoe.models.build import build_model
 from comoe.starter.tiny_models import build_smoke_encoder, build_smoke_vision
 from comoe.tasks.task import Task
 from comoe.train.monitor.log_window import SHOWN_IMAGES, log_lost_images

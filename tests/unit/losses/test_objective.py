@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe
-from comoe.losses.objective import LOSSES, build_objective, unit_scale
+from comoe.losses.build import build_objective
+from comoe.losses.objective import LOSSES, unit_scale
 from comoe.models.moe.gate import GATES
 from comoe.types import IGNORED, ModelOutput
 from tests.helpers_contrastive import reference

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from comoe.config.recipe import ModelConfig
+from comoe.models.build import build_model
 from comoe.models.encoders.build import build_encoder_from_config
-from comoe.models.model import build_model
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch
 from tests.helpers_model import CAUSAL, MOOD, VOCABULARY, WORDS, moe_config, without_gradient

@@ -15,10 +15,10 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import ModelConfig, MoeConfig
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
-from comoe.losses.objective import build_objective
+from comoe.losses.build import build_objective
+from comoe.models.build import build_model
 from comoe.models.encoders.build import build_encoder, build_encoder_shape
 from comoe.models.encoders.families import layers_of
-from comoe.models.model import build_model
 from comoe.train.memory_plan import _row_tokens, count_parameters, plan_run
 from comoe.train.parallel.ds_config import Layout
 from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, T5_LIKE, TASKS, moe_config, random_batch

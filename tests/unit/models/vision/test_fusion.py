@@ -13,7 +13,7 @@ from comoe.data.images.pixels import ImageProcessor
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
 from comoe.inference.predictor import Predictor
-from comoe.models.model import build_model
+from comoe.models.build import build_model
 from comoe.models.vision.fusion import FUSIONS
 from comoe.train.parallel.setup import parameter_group
 from tests.helpers_export import tiny_recipe, tiny_tokenizer
