@@ -10,6 +10,7 @@ An interrupted comparison goes on with the same command; arms and seeds may be a
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
 from comoe.commands.arguments import (
     add_experiment,
