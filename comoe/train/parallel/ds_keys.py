@@ -71,7 +71,6 @@ PASSED: dict[str, tuple[Check, str]] = {
 }
 """Key that goes on to DeepSpeed, or is compared with the recipe -> which values, and in words."""
 
-_BY_RECIPE = "the recipe sets it"
 _OWN = "comoe sets it"
 _FIXED = "comoe's experts need what it sets itself"
 _GONE = "DeepSpeed removed it"
