@@ -185,16 +185,6 @@ class RoutingStats:
         self._sums.copy_(sums[:split].view_as(self._sums))
         self._histogram_LH.copy_(sums[split:].view_as(self._histogram_LH))
 
-    @property
-    def counts_LTE(self) -> Tensor:
-        """Routes per layer, task and expert, float64."""
-        return self._sums[:, :-1, : self.num_experts]
-
-    @property
-    def tokens_LT(self) -> Tensor:
-        """Real tokens per layer and task, float64."""
-        return self._sums[:, :-1, -1]
-
     def summary(self) -> RoutingSummary:
         """The measures of this window; copies the sums to the CPU."""
         sums = self._sums.cpu().numpy()

@@ -6,6 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,8 @@ class Selector:
 
         kept: list[Candidate] = []
         size = count * (POOL if self.strategy == DIVERSE else 1)
-        for chunk in _chunks(fresh(), CHUNK):
+        rest = fresh()
+        while chunk := list(islice(rest, CHUNK)):
             for candidate in self._candidates(chunk, root):
                 if candidate is None:
                     counts["unusable"] += 1
@@ -253,14 +255,3 @@ class Selector:
             batch_size=self._batch_size,
             **options,
         )
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -48,8 +48,8 @@ def two_tasks():
 
 def test_counts_and_measures_equal_the_hand_computed_ones():
     stats = two_tasks()
-    assert stats.counts_LTE.tolist() == [[[2, 2, 0, 0], [0, 0, 1, 1]]]
-    assert stats.tokens_LT.tolist() == [[2, 1]]
+    assert stats._sums[:, :-1, :4].tolist() == [[[2, 2, 0, 0], [0, 0, 1, 1]]]
+    assert stats._sums[:, :-1, -1].tolist() == [[2, 1]]
     summary = stats.summary()
     assert summary.tokens == 3
     np.testing.assert_allclose(summary.share_LE, [[1 / 3, 1 / 3, 1 / 6, 1 / 6]])
@@ -88,7 +88,7 @@ def test_counts_and_measures_equal_the_hand_computed_ones():
 def test_a_token_counts_for_each_label_of_its_post_but_once_for_the_layer():
     stats = RoutingStats(["a", "b"], num_layers=1, num_experts=4)
     stats.update(output([routing(SCORES[:2], PICKS[:2])], [0, 0]), torch.tensor([[True, True]]))
-    assert stats.tokens_LT.tolist() == [[2, 2]]
+    assert stats._sums[:, :-1, -1].tolist() == [[2, 2]]
     summary = stats.summary()
     assert summary.tokens == 2
     assert summary.by_layer["task_information"][0] == pytest.approx(0.0, abs=1e-12)
@@ -185,5 +185,5 @@ def test_layers_of_a_decoder_count_the_tokens_of_answers_and_say_whose_they_are(
     )
     both = replace(both, answer_rows_S=torch.tensor([0, 1]), num_answer_layers=1)
     stats.update(both, torch.tensor([[True], [False]]))
-    assert stats.tokens_LT.tolist() == [[2.0], [1.0]]
+    assert stats._sums[:, :-1, -1].tolist() == [[2.0], [1.0]]
     assert stats.summary().layer_names == ["1", "1 of the decoder"]
