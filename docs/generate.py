@@ -1,4 +1,4 @@
-"""Writes what repeats the code: docs/options.md, docs/recipe.schema.json and docs/commands.md.
+"""Writes docs/options.md, docs/recipe.schema.json and docs/commands.md from the code, docs/papers.md from a table.
 
 python docs/generate.py
 """
@@ -6,9 +6,11 @@ python docs/generate.py
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,8 +102,51 @@ def schema_file() -> str:
     return json.dumps(recipe_json_schema(), indent=1) + "\n"
 
 
+PAPERS = {
+    "C": "What this project was asked to be",
+    "0": "TaCL-CoMoE, IJCNLP 2025, and its published code",
+    "1": "Stein & Keller",
+    "2": "A survey of multi-task sentiment analysis (in Chinese)",
+    "3": "Image-text auxiliary losses, arXiv:2309.07794",
+    "4": "MT-ISA, TKDE 2025, arXiv:2412.09046",
+}
+"""Beginning of an element's number -> its source."""
+
+
+def papers_page() -> str:
+    with (DOCS / "papers.tsv").open(encoding="utf-8", newline="") as file:
+        elements = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    counts = Counter(row["state"] for row in elements)
+    lines = [
+        "# The source papers, element by element",
+        "",
+        "<!-- Written by docs/generate.py from docs/papers.tsv; change the table there. -->",
+        "",
+        "The papers behind comoe were cut into 141 elements and held against the code. 59 were there from the start"
+        " ([References](references.md), [Method](method.md)); these are the"
+        f" other {len(elements)}: {counts['done']} done, {counts['refused']} refused, {counts['open']} open. Done means"
+        " that a command does it; a claim is done when it was measured, whether it holds or not. Words and figures are"
+        " ours unless a page says that they are quoted.",
+    ]
+    for key, title in PAPERS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| | element | state | command | figure or reason |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['id']} | {row['element']} | {row['state']} | {row['command']} | {row['figure or reason']} |"
+            for row in elements
+            if row["id"].startswith(f"{key}.")
+        ]
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
     "options.md": options_page,
+    "papers.md": papers_page,
     "recipe.schema.json": schema_file,
     "commands.md": commands_page,
 }
