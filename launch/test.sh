@@ -12,9 +12,10 @@ ruff check .
 if [ $# -gt 0 ]; then
     exec python -m pytest -q "$@"
 fi
-# First what keeps one core busy, then what starts ranks of its own: these often wait for one another.
+# First what keeps one core busy, then what starts ranks of its own: these often wait for one another. Files with the
+# longest fixtures come first, so that no worker ends with one alone.
 failed=0
 python -m pytest -q -n 2 --dist worksteal -m "one_core or not end_to_end" tests/end_to_end tests/unit || failed=1
 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not one_core" \
-    tests/end_to_end tests/multiprocess || failed=1
+    tests/multiprocess tests/end_to_end || failed=1
 exit "$failed"

@@ -6,6 +6,7 @@ than most of what the ranks do.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,22 @@ def run_ranks(
         ]
 
 
-def _start(folder: str, rank: int, world_size: int, port: int) -> BaseProcess:
-    before = dict(os.environ)
-    # The server inherits this environment when the first rank starts it.
-    os.environ.update(SHARED)
+def forking() -> Any:
+    """The context of multiprocessing whose processes fork from a server that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    before = dict(os.environ)
+    # The server keeps the environment of its start.
+    os.environ.update(SHARED)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _start(folder: str, rank: int, world_size: int, port: int) -> BaseProcess:
     environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -73,18 +85,15 @@ def _start(folder: str, rank: int, world_size: int, port: int) -> BaseProcess:
         "MASTER_PORT": port,
         **SHARED,
     }
-    process = context.Process(
-        target=_run, args=(folder, before | {key: str(value) for key, value in environment.items()})
-    )
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    own = os.environ | {key: str(value) for key, value in environment.items()}
+    process = forking().Process(target=_run, args=(folder, own))
+    process.start()
     return process
 
 
 def _run(folder: str, environment: dict[str, str]) -> None:
+    # Nothing that was imported is garbage; looking through it would copy the server's memory too.
+    gc.freeze()
     rank = environment["RANK"]
     log = os.open(Path(folder) / f"log{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)

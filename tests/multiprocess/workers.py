@@ -191,9 +191,10 @@ def build(
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
-        # DeepSpeed collects garbage for every engine; in all that was imported, that takes longer
-        # than the engine.
-        gc.freeze()
+    # DeepSpeed collects garbage for every engine; in all that earlier ones leave behind, that takes
+    # as long as a step.
+    gc.collect()
+    gc.freeze()
     raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}} | (
         settings or {}
     )
@@ -276,7 +277,8 @@ def case(
     encoder: str, *, stage: int, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0,
     settings: dict[str, Any] | None = None, plainly: bool = True, paired: bool = False, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a few steps: global losses, norms, picks, weights, logits by the engine and, ``plainly``, by the model.
+    """Train a few steps: global losses, norms, picks, weights, logits by the engine and, ``plainly``, by the model and
+    without experts.
 
     ``paired``: rows share texts, and the batch says so.
     """
@@ -312,7 +314,7 @@ def case(
         norms.append(report.grad_norm)
     after = gather_full_state(engine.deepspeed)
     batch = batch_of(posts(99, 4))
-    by_engine = under_conditions(engine.objective.model, lambda: engine.forward(batch))
+    by_engine = under_conditions(engine.objective.model, lambda: engine.forward(batch), plainly)
     answer: dict[str, Any] = {
         "losses": values,
         "norms": norms,
@@ -327,16 +329,16 @@ def case(
         plain = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
-            answer["plain_logits"] = under_conditions(plain, lambda: plain(batch))
+            answer["plain_logits"] = under_conditions(plain, lambda: plain(batch), plainly)
     return answer
 
 
-def under_conditions(model: Any, forward: Any) -> dict[str, np.ndarray]:
+def under_conditions(model: Any, forward: Any, all_of_them: bool) -> dict[str, np.ndarray]:
     """Logits as trained, by task, and with experts off and in turn, by ``<condition>/<task>``."""
     from comoe.evaluation.experts_off import CONDITIONS
 
     found = {name: value.float().numpy() for name, value in forward().logits.items()}
-    for condition, within in CONDITIONS.items():
+    for condition, within in CONDITIONS.items() if all_of_them else ():
         with within(model):
             logits = forward().logits.items()
         found |= {f"{condition}/{name}": value.float().numpy() for name, value in logits}
@@ -431,7 +433,7 @@ def resumed(
     fused: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three.
+    """Three steps, a checkpoint, two more; then a fresh engine loads it and does the same two.
 
     Args:
         fused: whether the first engine has fused Adam, as the fresh one does; False is a run of an
@@ -451,9 +453,9 @@ def resumed(
         keys = ("lr", "weight_decay", "name")
         return [tuple(group[key] for key in keys) for group in groups]
 
-    def train(engine: Any, first: int) -> list[float]:
+    def train(engine: Any, steps: range) -> list[float]:
         out = []
-        for step in range(first, first + 3):
+        for step in steps:
             engine.set_rate_factor(1 - step / 10)
             out.append(float(one_step(engine, step).loss))
         return out
@@ -462,11 +464,11 @@ def resumed(
     for group in engine.deepspeed.optimizer.optimizer.param_groups:
         assert group["fused"]
         group["fused"] = fused
-    train(engine, 0)
+    train(engine, range(3))
     state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
     save_checkpoint(Path(folder), engine, state, layout, keep=1)
     groups = groups_of(engine)
-    uninterrupted = train(engine, 3)
+    uninterrupted = train(engine, range(3, 5))
     fresh, layout = build(recipe, stage=stage, settings=settings)
     torch.manual_seed(999)
     found = find_checkpoint(Path(folder))
@@ -475,7 +477,8 @@ def resumed(
     fresh.set_rate_factor(1 - 2 / 10)
     after = groups_of(fresh)
     return {
-        "uninterrupted": uninterrupted, "resumed": train(fresh, 3), "groups_before": groups, "groups_after": after,
+        "uninterrupted": uninterrupted, "resumed": train(fresh, range(3, 5)),
+        "groups_before": groups, "groups_after": after,
         "fused": [group["fused"] for group in fresh.deepspeed.optimizer.optimizer.param_groups],
         "state": {key: getattr(restored, key) for key in ("step", "best_value", "evaluations_without_gain")},
     }  # fmt: skip
@@ -533,7 +536,7 @@ def save_and_go_on(
     layouts: dict[str, tuple[int, int]],
     folder: str,
     first: int = 0,
-    steps: int = 6,
+    steps: int = 5,
 ) -> dict[str, list[float]]:
     """From step ``first`` (a fresh model, or the newest checkpoint, converted): ``steps`` steps.
 

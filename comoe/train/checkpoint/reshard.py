@@ -10,33 +10,28 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from safetensors.torch import load_file
 from torch import Tensor
 
-from comoe.config.failure import doing
+from comoe.config.failure import doing, sentence
 from comoe.distributed import barrier, broadcast_object, is_main
 from comoe.models.moe.router import RouterProjection
-from comoe.train.checkpoint.data_only import ANY_PICKLE, ONLY_DATA, reading_data_only
-from comoe.train.environment import environment_of_a_child
+from comoe.train.checkpoint.data_only import reading_data_only
 from comoe.train.parallel.autoep import CooperativeRouter
 
 UNIVERSAL = "any-layout"
 """Folder of the converted checkpoint, beside ``deepspeed/``."""
 
-CONVERTER = """
-import runpy
-from torch.serialization import add_safe_globals
-from comoe.train.checkpoint.data_only import CLASSES
-add_safe_globals(list(CLASSES))
-runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
-"""
-"""DeepSpeed's converter, for a process of its own."""
+# It tells what it does, and draws bars.
+ds_to_universal.print = lambda *words: None
+ds_to_universal.tqdm = SimpleNamespace(tqdm=lambda work: work)
 
 
 def convert(checkpoint: Path) -> Path:
@@ -46,7 +41,7 @@ def convert(checkpoint: Path) -> Path:
         The folder to load with ``"checkpoint": {"load_universal": true}``.
 
     Raises:
-        ValueError: DeepSpeed could not convert it; the last line of its output is in the message.
+        ValueError: DeepSpeed could not convert it; its message is in this one.
     """
     done = checkpoint / UNIVERSAL
     problem = _convert(checkpoint, done) if is_main() and not done.is_dir() else ""
@@ -60,25 +55,15 @@ def convert(checkpoint: Path) -> Path:
 def _convert(checkpoint: Path, done: Path) -> str:
     aside = checkpoint / f".writing-{UNIVERSAL}"
     shutil.rmtree(aside, ignore_errors=True)
-    command = [
-        sys.executable, "-c", CONVERTER, "--inject_missing_state",
-        "--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(aside / "state"),
-        "--num_extract_workers", "1", "--num_merge_workers", "1",
-    ]  # fmt: skip
-    # A process of its own: the converter starts workers, which must not inherit this rank's process
-    # group.
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        key: value for key, value in environment_of_a_child().items() if key not in ranks
-    }
-    if ANY_PICKLE not in environment:
-        environment[ONLY_DATA] = "1"
-    converted = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if converted.returncode:
+    # One worker each: then it starts no processes, which would inherit this rank's process group.
+    how = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    places = {"input_folder": checkpoint / "deepspeed" / "state", "output_folder": aside / "state"}
+    places = {key: str(place) for key, place in places.items()}
+    try:
+        ds_to_universal.main(Namespace(**places, **how, strict=True, inject_missing_state=True))
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        return ([line for line in converted.stderr.splitlines() if line.strip()] or ["no message"])[
-            -1
-        ]
+        return f"{type(error).__name__}: {sentence(error)}"
     with doing("converting", checkpoint):
         _make_readable_at_every_stage(aside / "state")
     os.replace(aside, done)

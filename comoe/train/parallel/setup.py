@@ -97,6 +97,8 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     # training calls (only ``inference_all_reduce`` does).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gpu = torch.cuda.is_available()
+    # Ranges for NVIDIA's profiler around each hook of ZeRO 3.
+    deepspeed.utils.nvtx.enable_nvtx = gpu
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if gpu else "gloo"
