@@ -80,7 +80,9 @@ CAUSAL = {
         **LLAMA_LIKE, sliding_window=3, query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=2, n_positions=40),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2,
+    ),
 }  # fmt: skip
 """Decoder-only."""
 HF_CONFIGS = {

@@ -525,8 +525,8 @@ class TaskConfig:
         KIND_TABLE,
     ] = "single_label"
     """What the task predicts: single_label, multi_label, regression, tags,
-    phrases (words of the post, to be found), unlabelled; and with an encoder-decoder text (written
-    by the decoder) and label_words (the decoder scores each label's words). text with ``labels``
+    phrases (words of the post, to be found), unlabelled; and with a decoder text (written
+    by it) and label_words (the decoder scores each label's words). text with ``labels``
     means label_words."""
     format: Annotated[
         Literal[

@@ -18,6 +18,7 @@ from comoe.evaluation.tables import (
     decimal,
     markdown_table,
 )
+from comoe.models.encoders.families import FAMILIES
 from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task, decoder_tasks
@@ -146,6 +147,8 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
         else "social-media post"
     )
     stacks = "encoder-decoder" if decoder_tasks(tasks) else "encoder"
+    family = FAMILIES.get(config["encoder"].get("model_type"))
+    stacks = "decoder-only model" if family is not None and family.causal else stacks
     return f"One {stacks} ({encoder}) with {experts}. On a {post} it predicts {listed}."
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.distributed import world_size
 from comoe.models.encoders.build import as_encoder_output
 from comoe.models.encoders.families import family_of, stacks_of
-from comoe.models.moe.block import (
-    ContextHolder,
-    CooperativeBlock,
-    ExpertMixture,
-    RoutingContext,
-    without_tokens,
-)
+from comoe.models.generation import Beginning, TextGenerator, check_lengths, together
+from comoe.models.moe.block import ContextHolder, RoutingContext, without_tokens
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, Routing
 
@@ -79,11 +72,12 @@ class TaskDecoder:
         holder: ContextHolder,
         embed: Callable[[Tensor], Tensor] | None,
     ) -> None:
+        check_lengths(encoder, tasks)
         self.encoder = encoder
         self.stack = stacks_of(encoder)[1]
         self.vocabulary = family_of(encoder.config.model_type).vocabulary
         self.holder = holder
-        self.embed = embed
+        self.generator = TextGenerator(encoder, self.stack, holder, embed)
         decoded = decoder_tasks(tasks).items()
         self.label_tasks = [(number, task) for number, task in decoded if task.label_words]
         self.text_tasks = [(number, task) for number, task in decoded if not task.label_words]
@@ -91,11 +85,6 @@ class TaskDecoder:
         self.num_groups = math.ceil(most / LABELS_PER_PASS)
         settings = encoder.generation_config
         self.start, self.padding = settings.decoder_start_token_id, settings.pad_token_id
-        self.ends = (
-            settings.eos_token_id
-            if isinstance(settings.eos_token_id, list)
-            else [settings.eos_token_id]
-        )
 
     def teacher_force(
         self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]
@@ -153,26 +142,27 @@ class TaskDecoder:
             )
         for group in range(self.num_groups):
             passes.append(self._score_labels(states_BLM, batch, group, logits))
+
+        def begin(rows_R: Tensor) -> Beginning:
+            states = as_encoder_output(states_BLM[rows_R])
+            arguments = {"encoder_outputs": states, "attention_mask": mask_BL[rows_R]}
+            return Beginning(arguments, mask_BL.new_ones(len(rows_R), 1))
+
         texts = {
-            number: self._generate(states_BLM, mask_BL, tasks_B, number, task)
+            number: self.generator.generate(tasks_B, number, task, begin)
             for number, task in self.text_tasks
         }
         if self.text_tasks:
-            # Each row has a text of one task: side by side, IGNORED where none has a token.
-            width = max(text_BD.shape[1] for text_BD in texts.values())
-            padded = [F.pad(t, (0, width - t.shape[1]), value=IGNORED) for t in texts.values()]
-            texts_BD = torch.stack(padded).amax(dim=0)
+            texts_BD = together(texts)
             rows_R = with_tokens(texts_BD)
             again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
             generated_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
         for number, task in self.text_tasks:
             mine_B = tasks_B == number
             logits[task.name] = torch.stack([own_B * mine_B, generated_B * mine_B], dim=1)
-        generated = {}
-        for number, task in self.text_tasks:
-            ends_BD = torch.isin(texts[number], torch.tensor(self.ends, device=tasks_B.device))
-            ended_BD = ends_BD | (texts[number] == IGNORED)
-            generated[task.name] = torch.where(ended_BD, -1, texts[number])
+        generated = {
+            task.name: self.generator.ended(texts[number]) for number, task in self.text_tasks
+        }
         routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
         rows_S = torch.cat([one.rows_S for one in passes])
         return DecoderOutput(logits, routings, rows_S, (), generated)
@@ -215,14 +205,14 @@ class TaskDecoder:
         none = len(rows_N) == 0
         if none:
             rows_N = rows_N.new_zeros(1)
-            texts_ND = texts_ND.new_full((1, 1), self.ends[0])
+            texts_ND = texts_ND.new_full((1, 1), self.generator.ends[0])
         texts_ND = texts_ND[:, : max(1, int((texts_ND != IGNORED).sum(dim=1).max()))]
         real_ND = texts_ND != IGNORED
         places_S, columns_S = real_ND.nonzero(as_tuple=True)
         index_S = places_S * texts_ND.shape[1] + columns_S
         before_ND = F.pad(texts_ND[:, :-1], (1, 0), value=self.start)
         context = RoutingContext(
-            index_S, places_S, *self._of_tasks(tasks_B[rows_N]), selected=selected or {}
+            index_S, places_S, *self.generator.of_tasks(tasks_B[rows_N]), selected=selected or {}
         )
         self.holder.context = context
         try:
@@ -252,71 +242,6 @@ class TaskDecoder:
                 rows_S[:0],
             )
         return _Scored(found_N, routings, rows_S, chosen)
-
-    @torch.no_grad()
-    def _generate(
-        self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task
-    ) -> Tensor:
-        """Token ids (B, D) of the rows of one task, end token included, IGNORED behind it and elsewhere."""
-        mine_R = (tasks_B == number).nonzero().squeeze(1)
-        together = self._lies_on_ranks()
-        if not len(mine_R) and not together:
-            return tasks_B.new_full((len(tasks_B), 1), IGNORED)
-        rows_R = mine_R if len(mine_R) else mine_R.new_zeros(1)
-        settings = copy.deepcopy(self.encoder.generation_config)
-        settings.update(
-            num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False
-        )
-        of_tasks = self._of_tasks(tasks_B[rows_R])
-
-        def enter(stack: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
-            self.holder.context = self._step_context(options["input_ids"], of_tasks)
-
-        hook = self.stack.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            ids_RD = self.encoder.generate(
-                encoder_outputs=as_encoder_output(states_BLM[rows_R]),
-                attention_mask=mask_BL[rows_R],
-                generation_config=settings,
-                # Ranks end together: the experts of one may be asked for by another.
-                synced_gpus=together,
-            )[:, 1:]
-        finally:
-            hook.remove()
-            self.holder.context = None
-        ends_RD = torch.isin(ids_RD, torch.tensor(self.ends, device=ids_RD.device))
-        behind_RD = ends_RD.cumsum(dim=1) - ends_RD.long() > 0
-        ids_RD = torch.where(behind_RD, IGNORED, ids_RD)
-        texts_BD = ids_RD.new_full((len(tasks_B), ids_RD.shape[1]), IGNORED)
-        return texts_BD.index_copy(0, mine_R, ids_RD[: len(mine_R)])
-
-    def _lies_on_ranks(self) -> bool:
-        """True where a pass needs other ranks: for experts that AutoEP took over, or ZeRO-3's
-        shares. An export that is loaded in one of several processes needs none."""
-        if world_size() == 1:
-            return False
-        blocks = [
-            module for module in self.encoder.modules() if isinstance(module, CooperativeBlock)
-        ]
-        split = any(hasattr(weight, "ds_id") for weight in self.encoder.parameters())
-        return split or any(not isinstance(block.mixture, ExpertMixture) for block in blocks)
-
-    def _step_context(
-        self, ids_ND: Tensor, of_tasks: tuple[Tensor | None, Tensor]
-    ) -> RoutingContext:
-        """Of one step of a search: every token is real, and the beams of a row lie together."""
-        N, D = ids_ND.shape
-        index_S = torch.arange(N * D, device=ids_ND.device)
-        beams = [
-            None if value is None else value.repeat_interleave(N // len(value), dim=0)
-            for value in of_tasks
-        ]
-        return RoutingContext(index_S, index_S // D, *beams)
-
-    def _of_tasks(self, tasks_N: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The rows' task embeddings, where the gate reads tasks, and their tasks."""
-        tasks_N = tasks_N.clamp_min(0)
-        return None if self.embed is None else self.embed(tasks_N), tasks_N
 
 
 class Choices(NamedTuple):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig
-from comoe.models.causal import Answers, LabelScorer
+from comoe.models.causal import Answers, CausalDecoder
 from comoe.models.decoder import DecoderOutput, TaskDecoder
 from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
 from comoe.models.encoders.attach import attach_experts, trained_layers
@@ -117,8 +117,10 @@ class MultiTaskModel(nn.Module):
         if not has_decoder or any(head.pooling is not None for head in self.heads):
             self.projection = _projection(width, config.projection_width)
         self.is_causal = family_of(encoder.config.model_type).causal
-        self.decoder = self._build_decoder() if has_decoder and not self.is_causal else None
-        self.scorer = LabelScorer(encoder, tasks) if has_decoder and self.is_causal else None
+        embed = None if self.task_embedding is None else self.task_embedding.__call__
+        parts = (encoder, tasks, self.holder, embed)
+        self.decoder = TaskDecoder(*parts) if has_decoder and not self.is_causal else None
+        self.causal_decoder = CausalDecoder(*parts) if has_decoder and self.is_causal else None
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
@@ -147,17 +149,6 @@ class MultiTaskModel(nn.Module):
         head = ImageTextHead(*widths, **wanted)
         return head if head.contrasts or head.match is not None else None
 
-    def _build_decoder(self) -> TaskDecoder:
-        longest = max(self.tasks, key=lambda task: task.max_answer_length)
-        limit = longest_input(self.encoder.config)
-        if longest.max_answer_length > limit:
-            raise ValueError(
-                f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
-                f"positions that the decoder of model.encoder numbers."
-            )
-        embed = None if self.task_embedding is None else self.task_embedding.__call__
-        return TaskDecoder(self.encoder, self.tasks, self.holder, embed)
-
     def forward(
         self,
         batch: Batch,
@@ -177,8 +168,8 @@ class MultiTaskModel(nn.Module):
         """
         texts, mask_BL = self._texts(batch), batch.attention_mask_BL
         images = self.embed_images(batch)
-        scored = decode and self.scorer is not None
-        answers = self.scorer.answers(batch, training=self.training) if scored else None
+        scored = decode and self.causal_decoder is not None
+        answers = self.causal_decoder.answers(batch, training=self.training) if scored else None
         encoding = self.encode(texts, images, selected, answers)
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
@@ -196,7 +187,11 @@ class MultiTaskModel(nn.Module):
         if answers is not None:
             states_BNM, updates = self._with_private(batch, encoding.whole_BNM)
             private |= {name: update[:, : mask_BL.shape[1]] for name, update in updates.items()}
-            logits |= self.scorer.logits(states_BNM, answers)
+            logits |= self.causal_decoder.logits(states_BNM, answers)
+        more["generated"] = {} if decoded is None else decoded.generated
+        if answers is not None and self.causal_decoder.text_tasks and not self.training:
+            given = (batch, logits, self._states_of, self.private)
+            more["generated"], logits = self.causal_decoder.texts(*given)
         answer_rows_S, num_answer_layers = None, 0
         if decoded is not None:
             answer_rows_S, num_answer_layers = decoded.rows_S, len(decoded.routings)
@@ -211,13 +206,8 @@ class MultiTaskModel(nn.Module):
         if self.training:
             more["sharing"] = Sharing(shared_BLM, mask_BL, private)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
-        more |= {"selected": picked, "generated": {} if decoded is None else decoded.generated}
-        logits = {
-            task.name: self._predicted(task, logits[task.name], batch)
-            for task in self.tasks
-            if task.name in logits
-        }
-        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
+        logits = self._predicted(logits, batch)
+        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picked, **more)
 
     def embed(self, batch: Batch) -> Tensor:
         """The mean of the encoder's last states over the tokens of each row, of length 1: float32, (B, M)."""
@@ -272,11 +262,13 @@ class MultiTaskModel(nn.Module):
             return self.decoder.predict(states_BLM, batch), updates
         return self.decoder.teacher_force(states_BLM, batch, self._by_layer(selected)), updates
 
-    def _predicted(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
-        """The logits; outside training, of label words that are normalized, by token."""
-        if self.training or not task.length_normalized:
-            return logits
-        return logits / (batch.choices[task.name] != IGNORED).sum(dim=1)
+    def _predicted(self, logits: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """In the order of the tasks; outside training, of label words that are normalized, by token."""
+        found = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
+        for task in self.tasks:
+            if task.length_normalized and task.name in found and not self.training:
+                found[task.name] = found[task.name] / (batch.choices[task.name] != IGNORED).sum(1)
+        return found
 
     def _with_private(self, batch: Batch, shared_BLM: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """States with what the private parts of the tasks in decoder mode add to their rows, and these updates."""
@@ -288,6 +280,11 @@ class MultiTaskModel(nn.Module):
                 own_B11 = (batch.task_ids_B == number).to(shared_BLM.dtype)[:, None, None]
                 states_BLM = states_BLM + updates[task.name] * own_B11
         return states_BLM, updates
+
+    def _states_of(self, batch: Batch, answers: Answers) -> Tensor:
+        """Last states of prompts with what is scored behind them, as the output layer reads them."""
+        encoding = self.encode(self._texts(batch), None, answers=answers)
+        return self._with_private(batch, encoding.whole_BNM)[0]
 
     def _by_layer(self, selected: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(zip((block.layer for block in self._blocks), selected, strict=False))
@@ -359,7 +356,7 @@ class MultiTaskModel(nn.Module):
         """The texts with labels to score behind them."""
         mask_BL = inputs.mask_BL
         dtype = self.encoder.get_input_embeddings().weight.dtype
-        arguments = inputs.arguments | self.scorer.arguments(answers, mask_BL, dtype)
+        arguments = inputs.arguments | self.causal_decoder.arguments(answers, mask_BL, dtype)
         ids = [inputs.arguments["input_ids"], answers.ids_BC]
         arguments["input_ids"] = torch.cat(ids, dim=1)
         columns = arguments["input_ids"].shape[1]
@@ -384,8 +381,10 @@ class MultiTaskModel(nn.Module):
 
     @property
     def longest_text(self) -> int:
-        """Most tokens of a post that the encoder can number, beside an image that it reads."""
-        return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
+        """Most tokens of a post that the encoder can number, beside an image and a text behind it."""
+        behind = 0 if self.tower is None else self.image_tokens
+        behind += 0 if self.causal_decoder is None else self.causal_decoder.longest_text
+        return longest_input(self.encoder.config) - behind
 
     @property
     def first_decoder_layer(self) -> int | None:

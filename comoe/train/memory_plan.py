@@ -463,7 +463,9 @@ def plan_run(
         offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
         bucket_elements=reduction_elements(
             int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
-            largest=max(_elements([weight]) for weight in model.parameters()),
+            largest=max(
+                _elements([weight]) for weight in model.parameters() if weight.requires_grad
+            ),
         ),
         gathered_elements=min(
             kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size
@@ -482,7 +484,7 @@ def _text_work(
     encoder, blocks = model.encoder.config, model.moe_layers()
     by_task, distilled = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
     rows = _row_tokens(model, train, by_task=by_task, distilled=distilled)
-    num_layers, ffn_widths = _stack_shapes(encoder)
+    num_layers, ffn_widths = stack_shapes(encoder)
     adapters, width = adapters_of(model.encoder), model.config.hidden_size
     common = {
         "width": width,
@@ -504,11 +506,11 @@ def _text_work(
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
         moe_layers=0 if adapters else of_encoder,
-        adapter_numbers=sum(map(_kept_of_token, adapters)),
+        adapter_numbers=sum(map(kept_of_token, adapters)),
         **common,
     )
-    if model.scorer is not None:
-        # The labels lie behind the prompts; each of their tokens is predicted over the vocabulary.
+    if model.causal_decoder is not None:
+        # The answers lie behind the prompts; each of their tokens is predicted over the vocabulary.
         answers = int(posts * rows.answers)
         scored = DecoderWork(Work(tokens=answers), vocabulary=encoder.vocab_size)
         return replace(work, tokens=work.tokens + answers), scored
@@ -525,7 +527,7 @@ def _text_work(
     return work, DecoderWork(own, read_tokens=prompts, vocabulary=encoder.vocab_size)
 
 
-def _kept_of_token(adapter: LoraLinear) -> int:
+def kept_of_token(adapter: LoraLinear) -> int:
     """Numbers that the experts of a linear map keep of a token: what A reads, under dropout a copy
     of its own, and what B reads, before and after the gate."""
     columns = adapter.num_experts * adapter.rank
@@ -569,17 +571,20 @@ def _row_tokens(
         asked += float(mine.mean())
         prompts += float((mine * train.prompts[task.name].lengths).mean())
         if task.label_words:
-            # About two tokens a word, and an end token; the collator knows them exactly.
-            words = max(len(words.split()) for words in task.label_words)
             scored = len(task.labels) if distilled else 1
-            answers += float(mine.mean()) * (2 * words + 1) * scored
+            answers += float(mine.mean()) * tokens_of_words(task.label_words) * scored
         else:
             answers += float((mine * train.targets[task.name].lengths).mean())
     pictures = float(own.mean()) + asked
     return RowTokens(read + prompts, prompts, answers, pictures, texts=texts + prompts)
 
 
-def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
+def tokens_of_words(label_words: Sequence[str]) -> int:
+    """Tokens of the longest label: about two a word, and an end token; the collator knows them exactly."""
+    return 2 * max((len(words.split()) for words in label_words), default=1) + 1
+
+
+def stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
     """Layers, and hidden width of the feed-forward, of the encoder and, of an encoder-decoder, of
     the decoder. A gated one keeps four numbers of its width where others keep two, so it counts as
     one of twice the width."""

@@ -14,6 +14,8 @@ from comoe.data.tokens.split import TokenizedSplit
 from comoe.data.tokens.vocabulary import embedding_problem
 from comoe.losses.build import build_objective
 from comoe.losses.objective import Objective
+from comoe.models.encoders.families import longest_input
+from comoe.models.model import MultiTaskModel
 from comoe.starter.registry import as_typed
 from comoe.train.checkpoint.folder import find_checkpoint
 from comoe.train.label_texts import start_heads
@@ -74,13 +76,25 @@ def build_model(
     )
     if problem := embedding_problem(collator.tokenizer, objective.model.encoder.config):
         raise ValueError(f"model.encoder ({recipe.model.encoder}): {problem}; give it its own.")
+    _check_ends(objective.model, collator, recipe.model.encoder)
     # Many tokenizers do not know the number of positions of their encoder.
-    limit = objective.model.longest_text
+    limit, whole = objective.model.longest_text, longest_input(objective.model.encoder.config)
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
     if longest > limit:
-        beside = " beside the image tokens" if objective.model.image_tokens else ""
+        beside = " beside image tokens and generated texts" if limit < whole else ""
         raise ValueError(
             f"data.max_length ({recipe.data.max_length}) lets posts of {longest} tokens through, but model.encoder "
             f"({recipe.model.encoder}) numbers at most {limit}{beside}; set data.max_length to {limit} or less."
         )
     return objective
+
+
+def _check_ends(model: MultiTaskModel, collator: Collator, name: str) -> None:
+    """ValueError where texts are learned with another end than the one that stops a search."""
+    decoder, token = model.decoder or model.causal_decoder, collator.tokenizer.eos_token_id
+    if decoder is None or not decoder.text_tasks or token in decoder.generator.ends:
+        return
+    raise ValueError(
+        f"model.encoder ({name}): its tokenizer ends a text with token {token}, and the model's texts end with "
+        f"{decoder.generator.ends or 'none'}; write {token} as eos_token_id into the folder's generation_config.json."
+    )

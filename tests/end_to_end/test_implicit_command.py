@@ -26,10 +26,11 @@ WORDS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("encoder", ["smoke:t5", "smoke:llama"])
 def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_together(
-    home, tmp_path
+    home, tmp_path, encoder
 ):
-    words = [f"run.output_dir={tmp_path}", *LEAN, *WORDS]
+    words = [f"run.output_dir={tmp_path}", f"model.encoder={encoder}", *LEAN, *WORDS]
     train_in_ranks(1, home, words, config="launch/configs/implicit_smoke.yaml", settings="zero1")
     run = tmp_path / "implicit_smoke"
     metrics = {

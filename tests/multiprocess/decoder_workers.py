@@ -82,18 +82,16 @@ def family_in(encoder: str) -> str:
     return Path(encoder).name
 
 
-def tasks(family: str) -> Any:
-    """Two heads, words of labels, and, but for a decoder-only model, two texts, one searched with three beams."""
-    chosen = MIXED[:3] if family == "llama" else MIXED
-    return tuple(replace(task, confidence_strategy="input_output") for task in chosen)
+def tasks() -> Any:
+    """Two heads, words of labels, two texts, one searched with three beams."""
+    return tuple(replace(task, confidence_strategy="input_output") for task in MIXED)
 
 
 def share(step: int, *, rank: int, world_size: int, family: str) -> Batch:
     """This rank's rows of the global batch, uneven; a filler row where there is none."""
-    numbers_B, known = torch.arange(len(SERVED)), tasks(family)
-    served = [min(task, 1) for task in SERVED] if family == "llama" else SERVED
+    numbers_B, known = torch.arange(len(SERVED)), tasks()
     signs = "bart" if family == "bart" else "t5"
-    batch = decoder_batch(tasks=known, family=signs, seed=step, served=served)
+    batch = decoder_batch(tasks=known, family=signs, seed=step, served=SERVED)
     sure = {task.name: (numbers_B * 7 % 11 + place + 1) / 16 for place, task in enumerate(known)}
     batch = replace(batch, confidences=sure, step=step, progress=0.1 * step)
     bounds = {1: [0, 12], 2: [0, 8, 12], 4: [0, 3, 8, 8, 12]}[world_size]
@@ -107,7 +105,7 @@ def own_batch(step: int, family: str) -> Batch:
     from comoe.losses.objective import count_units, unit_scale
 
     batch = share(step, rank=rank(), world_size=world_size(), family=family)
-    units = sum_over_ranks(count_units(batch, tasks(family)))
+    units = sum_over_ranks(count_units(batch, tasks()))
     return replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1))
 
 
@@ -116,7 +114,7 @@ def start(encoder: str, *, stage: int, ep: int, recompute: bool, universal: bool
     from tests.multiprocess import workers
 
     chosen = recipe(encoder, ep=ep, recompute=recompute)
-    workers.tasks_of = lambda recipe: tasks(family_in(encoder))
+    workers.tasks_of = lambda recipe: tasks()
     settings = {"checkpoint": {"load_universal": True}} if universal else {}
     return workers.build(chosen, stage=stage, settings=settings)
 
@@ -194,7 +192,7 @@ def by_one_process(
     from comoe.models.build import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))
-    model = build_model(recipe(models[family], ep=1).model, tasks(family), encoder_config=config)
+    model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
     fill_in(model.eval(), state, place=Path("gathered"))
     with torch.no_grad():
         return _arrays(model(share(50, rank=0, world_size=1, family=family)))
@@ -234,8 +232,8 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     for family, encoder in models.items():
         chosen = recipe(encoder, ep=1)
         torch.manual_seed(0)
-        model = build_model(chosen.model, tasks(family))
-        objective = Objective(model, tasks(family), chosen.loss, chosen.model.moe).train()
+        model = build_model(chosen.model, tasks())
+        objective = Objective(model, tasks(), chosen.loss, chosen.model.moe).train()
         batches = ([own_batch(step, family)] for step in range(steps))
         losses = [loss for loss, *_ in train_plainly(objective, chosen, batches)]
         state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Inputs and targets of an encoder-decoder in token ids: filled prompts, free texts, label words."""
+"""Inputs and targets of a decoder as token ids: filled prompts, free texts, label words."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ class Wording:
                 )
             return _lists([made.get(row) for row in range(len(texts))])
 
-        return self._kept(make, ["answer", task.max_answer_length], texts, count=len(texts))
+        settings = ["answer", task.max_answer_length]
+        if self._frame:
+            settings.append(_glue(self._tokenizer, task))
+        return self._kept(make, settings, texts, count=len(texts))
 
     def _kept(self, make: Any, settings: Sequence[Any], read: Any, *, count: int) -> TokenLists:
         if self._cache_dir is None:
@@ -161,7 +164,13 @@ class Wording:
     def _target_rows(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
         """(target tokens, whether they were cut) of each text."""
         texts = [readable(text, None, task.max_answer_length)[0] for text in texts]
-        whole = _target_ids(self._tokenizer, texts)
+        whole = _answer_ids(self._tokenizer, texts, task)
+        if self._frame:
+            limit, end = task.max_answer_length, self._tokenizer.eos_token_id
+            return (
+                (ids, False) if len(ids) <= limit else ([*ids[: limit - 1], end], True)
+                for ids in whole
+            )
         long = [row for row, ids in enumerate(whole) if len(ids) > task.max_answer_length]
         limits = {"truncation": True, "max_length": task.max_answer_length}
         # The tokenizer cuts before it adds the end token.
@@ -183,9 +192,8 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
             to it.
     """
     found: dict[tuple[int, ...], str] = {}
-    for label, words, ids in zip(
-        task.labels, task.label_words, _word_ids(tokenizer, task), strict=True
-    ):
+    made = _answer_ids(tokenizer, task.label_words, task)
+    for label, words, ids in zip(task.labels, task.label_words, made, strict=True):
         if all(token in tokenizer.all_special_ids for token in ids):
             raise ValueError(
                 f"tasks.{task.name}.label_words: the tokenizer of model.encoder has no token for {words!r} (label "
@@ -262,13 +270,19 @@ _PLACE = "\ue000"
 """Stands for the prompt in a chat template; of the private use area."""
 
 
-def _word_ids(tokenizer: Any, task: Task) -> list[list[int]]:
-    """Tokens of each label's words, end token included; behind a plain prompt they begin with a blank."""
-    if not is_causal(tokenizer):
-        return _target_ids(tokenizer, task.label_words)
-    glued = tokenizer.chat_template or (task.prompt or "")[-1:].isspace()
-    words = [f"{'' if glued else ' '}{words}" for words in task.label_words]
-    made = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+def _glue(tokenizer: Any, task: Task) -> str:
+    """What parts an answer of a decoder-only model from its prompt: a blank, or nothing where the
+    answer is a turn of its own, or the prompt ends with white space."""
+    return "" if tokenizer.chat_template or (task.prompt or "")[-1:].isspace() else " "
+
+
+def _answer_ids(tokenizer: Any, texts: Sequence[str], task: Task) -> list[list[int]]:
+    """Token ids of each label's words, or of texts, end token included."""
+    if not is_causal(tokenizer) or not texts:
+        return _target_ids(tokenizer, texts)
+    glue = _glue(tokenizer, task)
+    glued = [f"{glue}{text}" for text in texts]
+    made = tokenizer(glued, add_special_tokens=False, verbose=False)["input_ids"]
     return [[*ids, tokenizer.eos_token_id] for ids in made]
 
 

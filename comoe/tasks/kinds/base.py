@@ -75,8 +75,8 @@ class Kind(ABC):
 
     mode: ClassVar[Mode] = "pooled"
     """What gives the output. ``pooled``: a head on one vector per post, whose weights explain it;
-    ``tokens``: a head on each word; ``decoder``: no head, but the decoder of an encoder-decoder,
-    with a row of its own per post and task, which has the task's prompt."""
+    ``tokens``: a head on each word; ``decoder``: no head, but a decoder, with a row of its own
+    per post and task, which has the task's prompt."""
     scored: ClassVar[bool] = True
     """False when there is no output: nothing to evaluate, to predict or to choose a checkpoint
     by."""

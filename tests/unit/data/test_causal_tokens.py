@@ -111,3 +111,20 @@ def test_label_words_begin_with_a_blank_behind_a_plain_prompt(tokenizer):
         label_tokens(watched, replace(MOOD, prompt=prompt))
     words = [texts for texts in seen if isinstance(texts, list)]
     assert words == [[" not", " yes"], ["not", "yes"], ["not", "yes"]]
+
+
+def test_texts_begin_as_label_words_do_end_with_the_end_token_and_stay_text(tokenizer, tmp_path):
+    task = Task("why", "text", (), "token_f1", prompt="why {text} ?", max_answer_length=4)
+    texts = ["yes not", None, "</s> yes", "it is so bad and sad"]
+    for chat in (False, True):
+        made = tokenizer(chat)
+        wording = Wording(made, max_length=48, normalize=None, cache_dir=tmp_path)
+        lists = wording.targets(texts, task)
+        yes, end = made.convert_tokens_to_ids("yes"), made.eos_token_id
+        assert lists[0].tolist() == [yes, made.convert_tokens_to_ids("not"), end]
+        assert len(lists[1]) == 0
+        assert [token == end for token in lists[2].tolist()] == [False] * 3 + [True]
+        assert len(lists[3]) == 4 and lists[3][-1] == end
+        assert lists.truncated.tolist() == [False, False, True, True]
+    # A blank before the text or none, and so other tokens in most vocabularies.
+    assert len(list(tmp_path.iterdir())) == 2
