@@ -35,7 +35,7 @@ def checkpoint_adapters(
     Raises:
         ValueError: as ``export_checkpoint`` and ``export_adapters``.
     """
-    _check_free(Path(out))
+    check_free(Path(out))
     with tempfile.TemporaryDirectory() as place:
         used = export_checkpoint(path, Path(place) / "export", which=which, verify=verify)
         if start := load_saved_recipe(used.parent.parent / "config.yaml").model.start_from:
@@ -61,31 +61,14 @@ def export_adapters(folder: Path, exported: Exported) -> None:
         ValueError: no such experts, a gate that differs from token to token, or something else in
             the folder.
     """
-    _check_free(folder)
-    model, moe = exported.model, exported.model_config.moe
-    if not adapters_of(model.encoder):
-        raise ValueError(
-            "the model has no LoRA experts (model.moe.form: lora); without --adapters it is exported whole."
-        )
+    check_free(folder)
+    gates = gates_of_tasks(exported, _WHOLE)
     if trained_layers(exported.model_config) != "none" or exported.model_config.private_width:
         raise ValueError(
             "more than LoRA experts and heads was trained (model.train_layers, model.private_width), and adapters are "
             f"added to the pre-trained model; {_WHOLE}."
         )
-    if ROUTES[moe.route_by].token and moe.num_experts > 1:
-        raise ValueError(
-            f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to token, which no adapter "
-            f"of peft can say; {_WHOLE}."
-        )
-    embeddings_TD = torch.zeros(len(exported.tasks), 1)
-    if model.task_embedding is not None:
-        embeddings_TD = model.task_embedding.weight.detach()
-    gates = {gate.layer: gate.weights_of_tasks(embeddings_TD) for gate in model.moe_layers()}
-    maps = {
-        name.replace(".inner", ""): module
-        for name, module in model.encoder.named_modules()
-        if isinstance(module, LoraLinear)
-    }
+    maps = adapted_maps(exported.model.encoder)
     for number, task in enumerate(exported.tasks):
         place = folder / task.name
         place.mkdir(parents=True)
@@ -99,7 +82,41 @@ def export_adapters(folder: Path, exported: Exported) -> None:
         (place / WEIGHTS).chmod((place / CONFIG).stat().st_mode & 0o777)
 
 
-def _check_free(folder: Path) -> None:
+def gates_of_tasks(exported: Exported, instead: str) -> dict[int, Tensor]:
+    """Layer of each gate -> weight of each expert for every token of a task, (T, E).
+
+    Args:
+        exported: a model.
+        instead: what to do where there are no such weights.
+
+    Raises:
+        ValueError: no LoRA experts, or a gate that differs from token to token.
+    """
+    model, moe = exported.model, exported.model_config.moe
+    if not adapters_of(model.encoder):
+        raise ValueError(f"the model has no LoRA experts (model.moe.form: lora); {instead}.")
+    if ROUTES[moe.route_by].token and moe.num_experts > 1:
+        raise ValueError(
+            f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to token, which one "
+            f"low-rank update for a task cannot say; {instead}."
+        )
+    embeddings_TD = torch.zeros(len(exported.tasks), 1)
+    if model.task_embedding is not None:
+        embeddings_TD = model.task_embedding.weight.detach()
+    return {gate.layer: gate.weights_of_tasks(embeddings_TD) for gate in model.moe_layers()}
+
+
+def adapted_maps(encoder: nn.Module) -> dict[str, LoraLinear]:
+    """Path of a linear map in the plain encoder -> the map with its experts."""
+    return {
+        name.replace(".inner", ""): module
+        for name, module in encoder.named_modules()
+        if isinstance(module, LoraLinear)
+    }
+
+
+def check_free(folder: Path) -> None:
+    """ValueError where there is more than an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another one.")
 

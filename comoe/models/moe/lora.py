@@ -155,6 +155,12 @@ class LoraLinear(nn.Module):
             self._measure(update, output)
         return output + update
 
+    @torch.no_grad()
+    def update(self, weights_E: Tensor) -> Tensor:
+        """What the experts, weighted so, add to the map's weight: float64, (width out, width in)."""
+        columns = weights_E.double().repeat_interleave(self.rank)
+        return (self.scale * columns * self.lora_B.double()) @ self.lora_A.double()
+
     def _measure(self, update: Tensor, output: Tensor) -> None:
         """Add the squared norms of update and output to those of the gate's other maps."""
         context = self.holder.context

@@ -2,21 +2,25 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from comoe.config.recipe import ModelConfig
 from comoe.evaluation.experts_off import CONDITIONS, OFF
 from comoe.inference.adapters import export_adapters
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
+from comoe.inference.merged import checkpoint_merged, export_merged
 from comoe.models.moe.lora import LoraLinear, adapters_of
 from comoe.train.memory_plan import count_parameters
 from comoe.train.start_from import start_from_export
 from tests.helpers_export import tiny_recipe, tiny_tokenizer
 from tests.helpers_model import (
+    CAUSAL,
     HF_CONFIGS,
     TASKS,
     VARIANTS,
@@ -26,6 +30,7 @@ from tests.helpers_model import (
     tiny_model,
     without_gradient,
 )
+from tests.helpers_seq2seq import POLARITY
 
 PAPER = dict(
     form="lora", num_experts=4, top_k=4, rank=4, alpha=8.0, route_by="task", gate_scope="model",
@@ -225,6 +230,56 @@ def test_adapters_of_a_task_are_one_lora_with_the_same_numbers(tmp_path, options
     trained = replace(other, model_config=replace(other.model_config, train_layers="all"))
     with pytest.raises(ValueError, match="more than LoRA experts and heads was trained"):
         export_adapters(tmp_path / "other", trained)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_merged_folders_are_plain_models_with_the_same_numbers(tmp_path, family):
+    generates = family in CAUSAL
+    tasks = (TASKS[0], POLARITY) if generates else TASKS
+    recipe = tiny_recipe(tasks=tasks)
+    recipe.model = ModelConfig(
+        encoder="some/encoder", dropout=0.0, projection_width=8, moe=moe_config(**PAPER)
+    )
+    model = tiny_model(recipe.model.moe, tasks=tasks, family=family, seed=3).eval()
+    tokenizer = tiny_tokenizer(tmp_path / "v")
+    export_model(
+        tmp_path / "export", state_dict=model.state_dict(), recipe=recipe, tasks=tasks,
+        backbone=Backbone(json.loads(json.dumps(model.encoder.config.to_dict(), default=str)), tokenizer),
+    )  # fmt: skip
+    checkpoint_merged(tmp_path / "export", tmp_path / "merged")
+    batch = random_batch(tasks=TASKS)
+    real = batch.attention_mask_BL.bool()
+    for number, task in enumerate(tasks):
+        batch = replace(batch, task_ids_B=torch.full_like(batch.task_ids_B, number))
+        with torch.no_grad():
+            states = model.encode(model._texts(batch), None).states_BLM
+            auto = AutoModelForCausalLM if generates else AutoModel
+            plain = auto.from_pretrained(tmp_path / "merged" / task.name).eval()
+            inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL}
+            found = plain(**inputs)[0]
+            expected = model.encoder.get_output_embeddings()(states) if generates else states
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+        again = AutoTokenizer.from_pretrained(tmp_path / "merged" / task.name)
+        assert again("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+        assert not {name for name in plain.state_dict() if "lora_" in name or "inner" in name}
+
+
+def test_what_no_plain_model_can_say_is_not_merged(tmp_path):
+    exported = SimpleNamespace(tasks=TASKS, config={"encoder": HF_CONFIGS["bert"].to_dict()})
+    for options, more, message in (
+        (dict(PAPER, route_by="both"), {}, "differ from token to token.*without --merged"),
+        (dict(form="beside"), {}, "no LoRA experts.*without --merged"),
+        (PAPER, dict(private_width=4), "private_width is not 0"),
+        (PAPER, dict(family="t5"), "the encoder of a t5 alone"),
+    ):
+        exported.model = tiny_model(moe_config(**options), **more)
+        exported.model_config = ModelConfig(moe=moe_config(**options))
+        with pytest.raises(ValueError, match=message):
+            export_merged(tmp_path / "new", exported)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export_merged(tmp_path / "full", exported)
 
 
 def test_a_run_of_lora_experts_starts_from_an_export_without_experts(tmp_path):
