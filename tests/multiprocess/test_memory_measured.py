@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 import torch
 
-from comoe.experiments.cluster.costs import PlannedLayout, PlannedModel, all_to_all_bytes, traffic
+from comoe.experiments.cluster.costs import PlannedLayout, all_to_all_bytes, traffic
+from comoe.experiments.cluster.shape import PlannedModel
 from comoe.train.memory_plan import MemoryPlan, RunSize, plan_memory
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers

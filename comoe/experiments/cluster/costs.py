@@ -2,21 +2,14 @@
 
 Symbols: L encoder layers, M width, F' feed-forward width, E experts in each of L' layers, k per
 token, F expert width, V vocabulary, W ranks, EP ranks per set of experts, D dense and X expert
-parameters, p bytes per weight (2 in bf16, else 4).
+parameters, of which those that train, p bytes per weight (2 in bf16, else 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from comoe.config.files import read_json
-from comoe.config.recipe import Recipe
-from comoe.models.encoders.attach import FORMS
-from comoe.models.encoders.families import chosen_layers, expert_width
-from comoe.starter.registry import PREFIXES, prepare
+from comoe.experiments.cluster.shape import PlannedModel
 from comoe.train.memory_plan import FULL, HALF
 
 ADAM_BYTES = 4 + 2 * 4 + 4 * 4
@@ -91,20 +84,25 @@ class Traffic:
 def forward_operations(shape: PlannedModel, length: int) -> float:
     """Floating-point operations of one token's forward pass; a multiply-add counts as two.
 
-    Encoder: L (8 M^2 + 4 M F' + 4 length M), where the last term is the attention matrix; blocks:
-    L' (2 M E + 6 k M F + 6 M F_shared); tasks: 6 M F_private each. Without embeddings and heads.
+    Encoder: L (8 M^2 + 4 M F' + 4 length M), where the last term is the attention matrix, or as
+    counted; blocks: L' (2 M E + 6 k M F + 6 M F_shared); tasks: 6 M F_private each. Without embeddings
+    and heads.
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; three matrices per gated expert.
     """
-    width = shape.width
-    dense = shape.layers * (8 * width + 4 * shape.ffn_width + 4 * length)
+    width, counted = shape.width, shape.counted
+    dense = width * shape.layers * (8 * width + 4 * shape.ffn_width + 4 * length)
+    if counted is not None:
+        dense = counted.operations + 4 * length * counted.attended * shape.layers
     blocks = shape.moe_layers * (2 * shape.num_experts + 6 * shape.shared_width)
     private = shape.tasks * 6 * shape.private_width
-    return width * (dense + blocks + private) + expert_operations(shape)
+    return dense + width * (blocks + private) + expert_operations(shape)
 
 
 def expert_operations(shape: PlannedModel) -> float:
-    """The routed experts' share of ``forward_operations``: L' 6 k M F."""
+    """The experts' share of ``forward_operations``: L' 6 k M F, of LoRA experts 2 for each weight."""
+    if shape.counted is not None and shape.counted.adapters:
+        return 2 * shape.counted.adapters
     return shape.moe_layers * 6 * shape.top_k * shape.width * shape.expert_width
 
 
@@ -128,7 +126,7 @@ def traffic(shape: PlannedModel, layout: PlannedLayout) -> Traffic:
 
     Over n ranks an all-reduce of b bytes sends 2 b (n - 1) / n, an all-gather or a reduce-scatter
     b (n - 1) / n. n is W for dense parameters and W / EP for the X / EP parameters of a rank's
-    experts.
+    experts. Frozen weights have no gradient, and only stage 3 gathers them.
 
         stage 1     gradients all-reduced once, weights gathered once
         stage 2     gradients all-reduced in every forward pass, weights gathered once
@@ -145,11 +143,12 @@ def traffic(shape: PlannedModel, layout: PlannedLayout) -> Traffic:
     gathers = 1 if layout.stage < 3 else layout.accumulation * (1 + again)
     rounds = 2 if layout.stage < 3 else 1
 
-    def sent(parameters: float, ranks: int) -> tuple[float, float]:
-        once = layout.number * parameters * (ranks - 1) / ranks
-        return rounds * times * once, gathers * once
+    def sent(parameters: float, ranks: int, frozen: int = 0) -> tuple[float, float]:
+        once = layout.number * (ranks - 1) / ranks
+        moved = parameters if layout.stage == 3 else parameters - frozen
+        return rounds * times * once * (parameters - frozen), gathers * once * moved
 
-    dense = sent(shape.dense_parameters, layout.ranks)
+    dense = sent(shape.dense_parameters, layout.ranks, shape.frozen)
     routed = sent(experts, layout.ranks // layout.ep_size)
     return Traffic(all_to_all_bytes(shape, layout), *dense, *routed)
 
@@ -175,11 +174,12 @@ class StepTime:
 def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step, without kernel launches, the host, skewed routing and latency.
 
-        compute       3 x forward operations x tokens / (flops x efficiency), 4 x with recomputation; the experts' part
-                      at least as many reads of their weights, which dominate with few tokens per expert
+        compute       3 x forward operations x tokens / (flops x efficiency), 4 x with recomputation, 1 x less in
+                      frozen maps, which have no gradient; the experts' part at least as many reads of their weights,
+                      which dominate with few tokens per expert
         all-to-all    the part to other machines by ``inter``, then the rest by ``intra``
         collectives   see ``_ring_seconds``; no overlap with computation (``overlap_comm``)
-        optimizer     (28 + p) (D + X) / W bytes / read
+        optimizer     (28 + p) (D + X) / W bytes / read, of what trains
 
     Source: Williams et al. 2009 (roofline); backward is twice the forward pass (arXiv:2104.04473).
     """
@@ -188,7 +188,10 @@ def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> S
     routed = expert_operations(shape)
     weights = layout.number * shape.expert_parameters / layout.ep_size
     compute = max(routed / rate, passes * weights / cluster.read)
-    compute += (forward_operations(shape, layout.length) - routed) / rate
+    rest = forward_operations(shape, layout.length) - routed
+    if shape.counted is not None:
+        rest -= shape.counted.frozen_operations * layout.accumulation / passes
+    compute += rest / rate
     sent = traffic(shape, layout)
     # Ranks of one expert group are neighbors, so they fill machines first.
     near, exchange = min(layout.ep_size, cluster.per_node), 0.0
@@ -198,7 +201,7 @@ def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> S
     groups, local = layout.ranks // layout.ep_size, max(1, cluster.per_node // layout.ep_size)
     dense = sent.dense_reduce + sent.dense_gather
     experts = sent.expert_reduce + sent.expert_gather
-    share = (shape.dense_parameters + shape.expert_parameters) / layout.ranks
+    share = (shape.dense_parameters - shape.frozen + shape.expert_parameters) / layout.ranks
     return StepTime(
         compute=compute,
         all_to_all=exchange,
@@ -216,134 +219,3 @@ def _ring_seconds(sent: float, ranks: int, local: int, cluster: Cluster) -> floa
         return sent / cluster.intra
     inside = sent / cluster.intra if local > 1 else 0.0
     return max(inside, sent / (local * cluster.inter))
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """An encoder with cooperative blocks."""
-
-    layers: int  # L
-    width: int  # M
-    ffn_width: int  # F'
-    vocabulary: int  # V
-    positions: int = 512
-    tasks: int = 1
-    outputs: int = 2
-    """Labels of all tasks together."""
-    projection: int = 128
-    """Width of the contrastive embeddings."""
-    moe_layers: int = 0  # L'
-    num_experts: int = 0  # E
-    top_k: int = 0  # k
-    expert_width: int = 0  # F
-    shared_width: int = 0
-    """Width of the shared expert; 0 is none."""
-    private_width: int = 0
-    """Width of each task's private part; 0 is none."""
-
-    @property
-    def encoder_parameters(self) -> int:
-        """Embeddings (V + positions + 2 segments) M with their norm; per layer 4 M (M + 1) of
-        attention, 2 M F' + F' + M of the feed-forward network and two norms: BERT and RoBERTa
-        without the pooler."""
-        attention, norms = 4 * self.width * (self.width + 1), 4 * self.width
-        feed_forward = 2 * self.width * self.ffn_width + self.ffn_width + self.width
-        table = (self.vocabulary + self.positions + 2 + 2) * self.width
-        return table + self.layers * (attention + feed_forward + norms)
-
-    @property
-    def dense_parameters(self) -> int:
-        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer);
-        projection; private parts."""
-        block = self.width * (2 + self.num_experts + 3 * self.shared_width)
-        heads = (self.tasks + self.projection) * self.width + self.outputs * (self.width + 1)
-        private = self.width * (2 + 3 * self.private_width) if self.private_width else 0
-        return self.encoder_parameters + self.moe_layers * block + heads + self.tasks * private
-
-    @property
-    def expert_parameters(self) -> int:
-        """X: gate, up and down matrix of every expert, L' E 3 M F."""
-        return self.moe_layers * self.num_experts * 3 * self.width * self.expert_width
-
-    @property
-    def active_parameters(self) -> int:
-        """Active parameters per token: D + X k / E."""
-        routed = self.expert_parameters * self.top_k // max(1, self.num_experts)
-        return self.dense_parameters + routed
-
-
-def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> PlannedModel:
-    """The sizes of a recipe's model, from the encoder's config.json, without building it.
-
-    Args:
-        recipe: its experts, tasks and, without ``encoder_shape``, its encoder.
-        encoder_shape: "layers,width,feed-forward width,vocabulary" instead of the recipe's encoder.
-
-    Raises:
-        ValueError: a shape that is not four positive integers, or a missing encoder.
-    """
-    if encoder_shape:
-        parts = encoder_shape.split(",")
-        if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
-            raise ValueError(
-                f"--encoder-shape is {encoder_shape!r}; it must be layers,width,feed-forward width,vocabulary, such "
-                "as 24,1024,4096,50265."
-            )
-        layers, width, ffn_width, vocabulary, positions = [*map(int, parts), 512]
-    else:
-        layers, width, ffn_width, vocabulary, positions = _read_encoder(recipe.model.encoder)
-    moe = recipe.model.moe
-    if moe.num_experts and not FORMS[moe.form].over_ranks:
-        raise ValueError(
-            f"model.moe.form is {moe.form}, and the planner of clusters knows experts beside the feed-forward alone; "
-            "`comoe train RECIPE --dry-run` plans the memory of LoRA experts."
-        )
-    labels = sum(max(1, len(task.labels)) for task in recipe.tasks.values())
-    return PlannedModel(
-        layers=layers,
-        width=width,
-        ffn_width=ffn_width,
-        vocabulary=vocabulary,
-        positions=positions,
-        tasks=len(recipe.tasks),
-        outputs=labels,
-        projection=recipe.model.projection_width,
-        moe_layers=len(chosen_layers(moe.layers, layers)) if moe.num_experts else 0,
-        num_experts=moe.num_experts,
-        top_k=moe.top_k if moe.num_experts else 0,
-        expert_width=expert_width(moe, width),
-        shared_width=moe.shared_width,
-        private_width=recipe.model.private_width,
-    )
-
-
-def _read_encoder(encoder: str) -> list[int]:
-    folder = (
-        prepare([encoder])[encoder] if encoder.startswith(PREFIXES) else Path(encoder).expanduser()
-    )
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"model.encoder ({encoder}) is not a folder with a config.json; set its sizes with --encoder-shape "
-            f"layers,width,feed-forward width,vocabulary."
-        )
-    config: Mapping[str, Any] = read_json(file)
-    sizes = []
-    for names in _SIZE_NAMES:
-        known = [config[name] for name in names if name in config]
-        if not known:
-            raise ValueError(
-                f"{file} has no {names[0]}; set the encoder's sizes with --encoder-shape."
-            )
-        sizes.append(int(known[0]))
-    return sizes
-
-
-_SIZE_NAMES = (
-    ("num_hidden_layers", "n_layers"),
-    ("hidden_size", "dim"),
-    ("intermediate_size", "hidden_dim"),
-    ("vocab_size",),
-    ("max_position_embeddings",),
-)
-"""Names of the five sizes in config.json, by model family."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +13,14 @@ from comoe.experiments.cluster.costs import (
     USEFUL_ROWS,
     Cluster,
     PlannedLayout,
-    PlannedModel,
     StepTime,
     Traffic,
-    shape_of_recipe,
     step_time,
     traffic,
 )
+from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
 from comoe.train.memory_plan import (
+    DecoderWork,
     MemoryPlan,
     RunSize,
     Work,
@@ -71,12 +72,15 @@ def estimate(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> Ca
     size = RunSize(
         shape.dense_parameters,
         shape.expert_parameters,
+        frozen=shape.frozen,
         world_size=layout.ranks,
         ep_size=layout.ep_size,
         stage=layout.stage,
         bf16=layout.bf16,
         optimizer="adamw",
-        bucket_elements=reduction_elements(BUCKET, largest=shape.vocabulary * shape.width),
+        bucket_elements=reduction_elements(
+            BUCKET, largest=0 if shape.frozen else shape.vocabulary * shape.width
+        ),
         gathered_elements=min(whole, layout.keep),
     )
     work = Work(
@@ -88,9 +92,14 @@ def estimate(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> Ca
         moe_layers=shape.moe_layers,
         top_k=shape.top_k,
         expert_width=shape.expert_width,
+        adapter_numbers=0 if shape.counted is None else shape.counted.adapter_numbers,
         recompute=layout.recompute,
     )
-    memory = plan_memory(size, work)
+    written = None
+    if shape.counted is not None and shape.counted.answers:
+        tokens = math.ceil(layout.tokens / layout.length * shape.counted.answers)
+        written = DecoderWork(Work(tokens=tokens), vocabulary=shape.vocabulary)
+    memory = plan_memory(size, work, decoder=written)
     return Candidate(layout, memory, traffic(shape, layout), step_time(shape, layout, cluster))
 
 
@@ -169,7 +178,8 @@ def plan_lines(
     """
     lines = [
         f"parameters: {shape.dense_parameters / 1e6:,.1f} M dense, {shape.expert_parameters / 1e6:,.1f} M in experts, "
-        f"{shape.active_parameters / 1e6:,.1f} M active per token",
+        f"{shape.active_parameters / 1e6:,.1f} M active per token"
+        + (f", {shape.frozen / 1e6:,.1f} M frozen" if shape.frozen else ""),
         f"bfloat16, AdamW, {length} tokens per post, {cluster.efficiency:.0%} of the peak reached in matrix products",
         "bytes are sent by one GPU per step; the batch "
         + ("grows with the GPUs" if batch is None else "is fixed"),
@@ -281,8 +291,14 @@ def print_plan(given: argparse.Namespace) -> None:
         read=_above_zero("--memory-bandwidth", given.memory_bandwidth) * 1e9,
         efficiency=_above_zero("--efficiency", given.efficiency),
     )
+    shape = shape_of_recipe(recipe, given.encoder_shape)
+    if shape.counted is not None and shape.counted.two_stacks:
+        raise ValueError(
+            f"model.encoder ({recipe.model.encoder}) is an encoder-decoder, and --plan knows encoders and decoder-only "
+            "models; `comoe train RECIPE --dry-run --gpus N` plans its memory."
+        )
     lines = plan_lines(
-        shape_of_recipe(recipe, given.encoder_shape),
+        shape,
         cluster,
         gpus=gpu_numbers(given.gpus),
         length=_count("--length", given.length),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
-from comoe.experiments.cluster.costs import shape_of_recipe
+from comoe.experiments.cluster.shape import shape_of_recipe
 from comoe.inference.export_config import read_export_config
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, kind_of

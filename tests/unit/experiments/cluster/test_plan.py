@@ -5,22 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, RobertaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, RobertaConfig
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.experiments.cluster.costs import (
     Cluster,
     PlannedLayout,
-    PlannedModel,
     all_to_all_bytes,
     expert_operations,
     forward_operations,
-    shape_of_recipe,
     step_time,
     traffic,
 )
 from comoe.experiments.cluster.plan import alternatives, estimate, fits, plan_lines, recommend
+from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
+from tests.helpers_model import CAUSAL, HF_CONFIGS
 
 TINY = PlannedModel(
     layers=2, width=10, ffn_width=40, vocabulary=100, positions=20, tasks=2, outputs=5, projection=8,
@@ -218,3 +218,86 @@ def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path):
 def test_a_wrong_shape_or_a_missing_encoder_is_refused(text):
     with pytest.raises(ValueError, match="layers,width,feed-forward width,vocabulary"):
         shape_of_recipe(recipe(encoder="roberta-large"), text)
+
+
+LORA = {
+    "form": "lora",
+    "num_experts": 4,
+    "top_k": 4,
+    "rank": 2,
+    "route_by": "task",
+    "balance": "none",
+}
+LORA |= {"layers": "all", "dropout": 0.1}
+
+
+def decoder_recipe(folder, family: str, **model: object) -> Recipe:
+    CAUSAL[family].save_pretrained(folder)
+    tasks = {
+        "mood": {
+            "path": "x",
+            "kind": "label_words",
+            "labels": ["bad", "so so"],
+            "prompt": "{text}",
+        },
+        "why": {"path": "x", "kind": "text", "prompt": "{text}", "max_answer_length": 9},
+    }
+    return recipe_from_dict({"model": {"encoder": str(folder), **model}, "tasks": tasks})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_a_decoder_only_model_with_lora_experts_is_counted_on_its_shape(tmp_path, family):
+    shape = shape_of_recipe(decoder_recipe(tmp_path, family, moe=LORA))
+    with torch.device("meta"):
+        library = AutoModelForCausalLM.from_config(CAUSAL[family])
+    assert shape.encoder_parameters == shape.frozen == sum(p.numel() for p in library.parameters())
+    layers = CAUSAL[family].num_hidden_layers
+    if family == "gpt2":
+        width, queries, sizes = 16, 16, [(16, 48), (16, 16), (16, 64), (64, 16)]
+    else:
+        width, queries = 16, 16
+        sizes = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)]
+    assert shape.width == width
+    experts = layers * sum(8 * (a + b) for a, b in sizes)
+    assert shape.expert_parameters == experts
+    maps = layers * sum(2 * a * b for a, b in sizes)
+    assert forward_operations(shape, 7) == maps + 4 * 7 * queries * layers + 2 * experts
+    # Two words and an end token at most; a text of nine tokens; a post is of one of both tasks.
+    memory = estimate(shape, layout(tokens=30, ep_size=1), GPU).memory
+    parts = {part.name.split(" (")[0]: part.device_bytes for part in memory.parts}
+    assert parts["logits of the vocabulary"] == 3 * 7 * 60 * 8
+    trained = shape.dense_parameters - shape.frozen + experts
+    assert parts["moments of adamw"] == pytest.approx(8 * trained / 4, abs=8)
+    assert parts["weights"] == pytest.approx(4 * (shape.dense_parameters + experts), abs=4)
+
+
+def test_frozen_weights_are_not_reduced_and_their_maps_have_no_gradient(tmp_path):
+    lora = shape_of_recipe(decoder_recipe(tmp_path, "llama", moe=LORA))
+    whole = replace(lora, counted=replace(lora.counted, frozen=0, frozen_operations=0))
+    here = layout(ep_size=1)
+    moved, all_moved = traffic(lora, here), traffic(whole, here)
+    trained = lora.dense_parameters - lora.frozen
+    assert moved.dense_reduce == 2 * moved.dense_gather == 2 * 4 * trained * 3 / 4
+    assert all_moved.dense_reduce == 2 * 4 * lora.dense_parameters * 3 / 4
+    third = traffic(lora, layout(ep_size=1, stage=3))
+    assert third.dense_reduce == 4 * trained * 3 / 4
+    assert third.dense_gather == 4 * lora.dense_parameters * 3 / 4
+    cluster = replace(GPU, read=1e30)
+    times = [step_time(shape, here, cluster).compute for shape in (lora, whole)]
+    saved = 30 * lora.counted.frozen_operations / (cluster.flops * cluster.efficiency)
+    assert times[1] - times[0] == pytest.approx(saved)
+    found = alternatives(lora, GPU, ranks=4, length=16)
+    assert {candidate.layout.ep_size for candidate in found} == {1}
+    assert ", 0.0 M frozen" in plan_lines(lora, GPU, gpus=[4], length=16)[0]
+
+
+def test_an_encoder_of_a_known_family_is_counted_with_its_frozen_layers(tmp_path):
+    HF_CONFIGS["roberta"].save_pretrained(tmp_path)
+    moe = {"num_experts": 4, "top_k": 2, "layers": "all"}
+    shape = shape_of_recipe(recipe(encoder=str(tmp_path), moe=moe, train_layers=1))
+    formula = PlannedModel(shape.layers, shape.width, shape.ffn_width, shape.vocabulary)
+    # One segment instead of two.
+    assert shape.encoder_parameters == formula.encoder_parameters - 16
+    layer = 4 * 16 * 17 + 2 * 16 * 24 + 24 + 16 + 4 * 16
+    assert shape.frozen == shape.encoder_parameters - layer
+    assert forward_operations(replace(shape, counted=None), 5) == forward_operations(shape, 5)

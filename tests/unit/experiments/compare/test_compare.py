@@ -10,7 +10,7 @@ import pytest
 
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.recipe import TaskConfig
-from comoe.experiments.cluster.costs import shape_of_recipe
+from comoe.experiments.cluster.shape import shape_of_recipe
 from comoe.experiments.compare.arms import ARMS
 from comoe.experiments.compare.own_arms import custom_arms
 from comoe.experiments.compare.plan import check_earlier, plan_arms
@@ -63,8 +63,10 @@ def test_arms_of_lora_experts_have_the_rank_of_a_token_and_its_scale(experiment)
     for arm, made in found.items():
         assert (made.top_k * made.rank, made.alpha / made.rank) == (12, 2), arm
     assert (found["dense_total"].num_experts, found["dense_total"].rank) == (1, 12)
-    with pytest.raises(ValueError, match="planner of clusters knows experts beside"):
-        shape_of_recipe(recipe)
+    # Four experts of rank 3 in every map: 12 rows of A and 12 columns of B.
+    assert shape_of_recipe(recipe).expert_parameters % 12 == 0
+    with pytest.raises(ValueError, match="counted in the linear maps.*leave out --encoder-shape"):
+        shape_of_recipe(recipe, "2,16,32,99")
 
 
 def test_every_arm_with_experts_has_the_same_active_width(experiment):
