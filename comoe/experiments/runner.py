@@ -1,4 +1,4 @@
-"""Runs of an experiment, one after another, each its own ``deepspeed`` process with its own port."""
+"""Runs of an experiment, one after another, each a ``comoe train`` of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.ready_made import recipe_path, settings_path
 from comoe.evaluation.tables import duration
-from comoe.train.environment import environment_of_a_child, free_port
+from comoe.train.environment import environment_of_a_child
+from comoe.train.launchers import STARTING
 from comoe.train.parallel.ds_config import load_settings
 
 OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
@@ -35,16 +36,13 @@ TAIL = 20
 """Lines of a failed run's log that are kept."""
 
 TRAIN = "comoe.commands.train"
-"""Module that a run's ranks execute."""
-
-PORTS_TRIED = 3
-"""Attempts to start a run whose port another process takes."""
+"""Module that a run executes."""
 
 ASKED_EVERY = 0.5
 """Seconds between two questions whether a run is to be given up."""
 
 GRACE = 180.0
-"""Seconds that ranks have to save and exit after their launcher ends."""
+"""Seconds that ranks have to save and exit after the command that started them ends."""
 
 print_now = partial(print, flush=True)
 
@@ -233,16 +231,11 @@ def run_trial(
         return _fit(experiment, trial)
     log = experiment.output / "logs" / f"{trial.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(PORTS_TRIED):
-        command = command_of(experiment, trial)
-        with doing("writing", log), log.open("a", encoding="utf-8") as file:
-            print(f"$ {' '.join(command)}", file=file, flush=True)
-            start = file.tell()
-            code = _run(command, file, give_up)
-        # Another process may have taken the port between its choice and the start.
-        if b"EADDRINUSE" not in log.read_bytes()[start:]:
-            break
-    # The launcher's exit code can be 0 although a rank was killed: only the results count.
+    command = command_of(experiment, trial)
+    with doing("writing", log), log.open("a", encoding="utf-8") as file:
+        print(f"$ {' '.join(command)}", file=file, flush=True)
+        code = _run(command, file, give_up)
+    # A run that was stopped ends with exit code 0 too: only the results count.
     if is_done(experiment, trial):
         _no_failure(failure)
         return ""
@@ -281,22 +274,22 @@ def _no_failure(file: Path) -> None:
 def last_message(log: str) -> str:
     """The last message of comoe in a log, else its last line."""
     lines = log.splitlines()
-    ours = [line for line in lines if line.startswith("comoe:")]
+    ours = [line for line in lines if line.startswith("comoe:") and not line.startswith(STARTING)]
     return (ours or lines or [""])[-1]
 
 
 def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     """The command of one run: a new run, or ``--resume`` for an interrupted one."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    launcher += ["--master_port", str(free_port()), "--num_accelerators", str(experiment.ranks)]
-    train = ["--module", TRAIN, "--deepspeed", str(experiment.deepspeed)]
+    # Not by the deepspeed command, which imports DeepSpeed twice before a rank does.
+    train = [sys.executable, "-u", "-m", TRAIN, "--ranks", str(experiment.ranks)]
+    train += ["--deepspeed", str(experiment.deepspeed)]
     folder = experiment.runs / trial.name
     if (folder / "config.yaml").is_file():
         unverified = [] if experiment.verify else ["--no-verify"]
-        return [*launcher, *train, "--resume", str(folder), *unverified]
+        return [*train, "--resume", str(folder), *unverified]
     names = [f"run.output_dir={experiment.runs}", f"run.name={trial.name}"]
     overrides = [*experiment.overrides, *trial.overrides, *names]
-    return [*launcher, *train, "--config", str(experiment.config), *overrides]
+    return [*train, "--config", str(experiment.config), *overrides]
 
 
 def _run(command: Sequence[str], log: object, give_up: Callable[[], bool] | None = None) -> int:
@@ -324,7 +317,7 @@ def _run(command: Sequence[str], log: object, give_up: Callable[[], bool] | None
                 break
         return child.wait()
     except KeyboardInterrupt:
-        # The ranks notice that their launcher has ended, agree on it, save, and exit.
+        # The ranks get the signal or notice the end of what started them, save, and exit.
         child.terminate()
         child.wait()
         raise

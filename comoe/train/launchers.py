@@ -16,6 +16,9 @@ Environment = Mapping[str, str]
 LOOPBACK = "127.0.0.1"
 """Address that this machine alone can reach."""
 
+STARTING = "comoe: starting"
+"""Beginning of the line that says how many ranks a command starts."""
+
 PORTS = (20000, 10000)
 """First and number of the ports of Slurm steps, below those that systems give to outgoing connections."""
 
@@ -204,7 +207,7 @@ def start_ranks_here(asked: int | None) -> int | None:
     from comoe.distributed import run_as_ranks
 
     where = "one per GPU" if ranks == gpus else f"{gpus} GPUs" if gpus else "on the CPU"
-    print(f"comoe: starting {ranks} ranks, {where}", file=sys.stderr, flush=True)
+    print(f"{STARTING} {ranks} ranks, {where}", file=sys.stderr, flush=True)
     return run_as_ranks(ranks, [sys.executable, "-u", *sys.orig_argv[1:]])
 
 

@@ -1,13 +1,14 @@
 """Type comoe's commands as a user does, each in its own process group, and look at what they leave behind.
 
-Where the command itself is not what a test is about, ``train_in_ranks`` trains in forked ranks,
-which need not import the libraries: that takes longer than a short run.
+The libraries take longer to import than a short run takes. So where the process is not what a test
+is about, ``train_in_ranks`` trains in forked ranks, and ``Terminal.here`` runs a script in this one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from threading import Thread
 from typing import Any
 
 import psutil
+import pytest
 
 from comoe.train.environment import free_port
 from tests.helpers_ranks import run_ranks
@@ -37,8 +39,8 @@ LEAN = ("run.plots=false", "run.histograms=false", "train.measure_experts=false"
 EVENTFUL = (
     *LEAN,
     f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
-    "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
-    "model.dropout=0.2", "model.moe.balance_rate=0.05", "data.mixing=progress",
+    "data.limit_eval=40", "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear",
+    "train.warmup_fraction=0.2", "model.dropout=0.2", "model.moe.balance_rate=0.05", "data.mixing=progress",
     "tasks.topic=null", "tasks.strength=null", "tasks.aspects=null",
 )  # fmt: skip
 """Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that
@@ -117,6 +119,7 @@ class Terminal:
         self._environment = {
             key: value for key, value in os.environ.items() if not key.startswith(ours)
         }
+        self._home = str(home)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         self._environment |= {"PATH": path, "COMOE_HOME": str(home)}
 
@@ -139,6 +142,19 @@ class Terminal:
     def python(self, *words: str | Path) -> Done:
         """Run a launch script in one process."""
         return self.run(sys.executable, *words)
+
+    def here(self, script: str, *words: str | Path) -> Done:
+        """Run a launch script that starts no ranks in this process."""
+        out, err, code = StringIO(), StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setenv("COMOE_HOME", self._home)
+            patch.setattr(sys, "argv", [script, *map(str, words)])
+            patch.setattr(sys, "path", list(sys.path))
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as ended:
+                code = ended.code or 0
+        return Done(code, out.getvalue(), err.getvalue())
 
     def close(self) -> None:
         """End what still runs."""

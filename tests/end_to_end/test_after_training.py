@@ -21,7 +21,7 @@ LINES = (
 
 
 def predict(terminal: Terminal, run: Path, source: Path, target: Path, *words: str) -> str:
-    done = terminal.python(
+    done = terminal.here(
         "launch/predict.py", "--model", run / "export", "--input", source, "--output", target, *words
     )  # fmt: skip
     assert done.code == 0, done.said
@@ -70,7 +70,7 @@ def test_jsonl_and_csv_hold_the_same_answers(smoke_run, terminal, posts, tmp_pat
 
 def test_eval_measures_what_the_run_measured(smoke_run, terminal, home, tmp_path):
     data = home / "smoke-1" / "posts" / "stance" / "test.jsonl"
-    done = terminal.python(
+    done = terminal.here(
         "launch/eval.py", "--model", smoke_run.folder / "export", "--data", data, "--task", "stance",
         "--label-column", "stance", "--pair-column", "target", "--output", tmp_path / "scores.json",
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_an_export_that_was_changed_does_not_answer(smoke_run, terminal, posts, 
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (model / "model.safetensors").write_bytes(content)
-    done = terminal.python(
+    done = terminal.here(
         "launch/predict.py", "--model", model, "--input", posts, "--output", target,
     )  # fmt: skip
     assert done.code == 2 and not target.exists(), done.said

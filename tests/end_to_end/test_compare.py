@@ -1,23 +1,23 @@
 """``launch/compare.py`` and ``launch/ablate.py`` on the smoke recipe: tasks alone and together, experts removed."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE
+from tests.end_to_end.commands import LEAN, SMOKE
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 
-SMALL = ("tasks.topic=null", "tasks.strength=null", "tasks.aspects=null", "tasks.mentions=null", "data.limit_eval=30",
-         "data.limit_per_task=96", "train.max_steps=null", "train.epochs=1", "train.batch_size=48")  # fmt: skip
+SMALL = (*LEAN, "tasks.topic=null", "tasks.strength=null", "tasks.aspects=null", "tasks.mentions=null",
+         "data.limit_eval=30", "data.limit_per_task=96", "train.max_steps=null", "train.epochs=1",
+         "train.batch_size=48")  # fmt: skip
 """Two tasks, one epoch of two steps each."""
 
 
 def words(output: Path, arms: str, *more: str) -> list[str]:
-    command = [sys.executable, "launch/compare.py", "--config", SMOKE, "--arms", arms]
+    command = ["launch/compare.py", "--config", SMOKE, "--arms", arms]
     command += ["--output", str(output), "--seeds", "0", "--resamples", "20"]
     return [*command, *SMALL, *more]
 
@@ -29,10 +29,10 @@ def read(path: Path) -> dict:
 def test_arms_are_run_compared_and_added_to(terminal, tmp_path):
     output, names = tmp_path / "compare", ("recipe", "single.mood")
     claim = ("--claim", "multi > single.mood on mood/macro_f1")
-    first = terminal.run(*words(output, "multi"))
+    first = terminal.python(*words(output, "multi"))
     assert first.code == 0 and "1 runs, 0 of them done" in first.out, first.said
     measured = ("--affinity-posts", "16", "--remove-experts", "multi", "--removal-posts", "20")
-    done = terminal.run(*words(output, "single.mood,multi", *measured, *claim))
+    done = terminal.here(*words(output, "single.mood,multi", *measured, *claim))
     assert done.code == 0 and "2 runs, 1 of them done" in done.out, done.said
     results = {run: read(output / f"runs/{run}-s0/results.json") for run in names}
     # As many passes over each task's posts, so as many posts in all.
@@ -61,13 +61,13 @@ def test_arms_are_run_compared_and_added_to(terminal, tmp_path):
     for name in ("gains", "gradients", "removal", "quality"):
         assert (output / f"plots/{name}.png").stat().st_size > 4000
 
-    shown = terminal.python("launch/ablate.py", "--run", output / "runs/recipe-s0", "--limit", "20")
+    shown = terminal.here("launch/ablate.py", "--run", output / "runs/recipe-s0", "--limit", "20")
     assert shown.code == 0, shown.said
     assert f"{removal['posts']} posts; with all experts" in shown.out
 
 
 def test_a_wrong_comparison_is_refused_before_anything_runs(terminal, tmp_path):
     output = tmp_path / "compare"
-    done = terminal.run(*words(output, "single,softmax", "--against", "sofmax"))
+    done = terminal.here(*words(output, "single,softmax", "--against", "sofmax"))
     assert done.code == 2 and "did you mean softmax" in done.err, done.said
     assert not output.exists()

@@ -115,7 +115,7 @@ def _predict(terminal: Terminal, folder: Path, export: Path) -> None:
         "--output",
         folder / "answers.jsonl",
     ]
-    done = terminal.python("launch/predict.py", *asked, "--image-column", "photo")
+    done = terminal.here("launch/predict.py", *asked, "--image-column", "photo")
     assert done.code == 0, done.said
     assert re.search("5 posts predicted .*; 3 of them without their bad image", done.err)
     answers = read_lines(folder / "answers.jsonl")

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    return [f"run.output_dir={tmp_path}", "train.max_steps=6", *LEAN]
+    return [f"run.output_dir={tmp_path}", "train.max_steps=3", "data.limit_eval=20", *LEAN]
 
 
 def test_torchrun(terminal, smoke_run, tmp_path, words):
@@ -21,17 +21,20 @@ def test_torchrun(terminal, smoke_run, tmp_path, words):
     script = ["launch/train.py", "--deepspeed", "zero2", "--config", SMOKE, *words]
     done = terminal.run(torchrun, "--standalone", "--nproc_per_node", "2", *script)
     assert done.code == 0, done.out + done.err
-    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
+    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder)[:3], rel=1e-6)
 
 
 def test_ranks_that_the_command_starts_itself(terminal, smoke_run, tmp_path, words):
     done = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", *words)
     assert done.code == 0, done.out + done.err
     assert done.err.startswith("comoe: starting 2 ranks, on the CPU\n")
-    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
-    wrong = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", "train.max_stpes=6")
+    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder)[:3], rel=1e-6)
+    words = (f"run.output_dir={tmp_path / 'none'}", "train.max_stpes=6")
+    wrong = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", *words)
     first, *more = wrong.err.splitlines()
-    assert wrong.code == 2 and len(more) == 1 and "did you mean train.max_steps" in more[0]
+    assert wrong.code == 2 and len(more) == 1
+    assert "train.max_stpes is not an option; did you mean train.max_steps?" in more[0]
+    assert not (tmp_path / "none").exists()
 
 
 def test_two_tasks_of_slurm_on_machines_of_their_own(terminal, smoke_run, tmp_path, words):
@@ -47,7 +50,7 @@ def test_two_tasks_of_slurm_on_machines_of_their_own(terminal, smoke_run, tmp_pa
     for typed in started:
         done = typed.wait()
         assert done.code == 0, done.out + done.err
-    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
+    assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder)[:3], rel=1e-6)
 
 
 def test_the_doctor_trains_a_step(terminal):

@@ -85,7 +85,7 @@ def without_number(words: list[str | Path]) -> list[str | Path]:
 def exported(tmp_path_factory, two_ranks, shared_terminal) -> Path:
     """An export made anew, in one process, from the checkpoint of two ranks."""
     folder = tmp_path_factory.mktemp("again") / "export"
-    done = shared_terminal.python("launch/export.py", "--checkpoint", two_ranks, "--output", folder)
+    done = shared_terminal.here("launch/export.py", "--checkpoint", two_ranks, "--output", folder)
     assert done.code == 0 and f"exported to {folder}" in done.out, done.said
     return folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, processes_of, wait_for
+from tests.end_to_end.commands import LEAN, SMOKE, processes_of, wait_for
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -18,8 +18,8 @@ ONE = "E2-k1-sigmoid-epauto-smoke-encoder-s0"
 def words(output: Path, encoders: str) -> list[str]:
     lists = ["--experts", "2", "--top-k", "1,4", "--encoder", encoders, "--output", str(output)]
     # Long enough to be met half-way, also by a fast machine.
-    return [sys.executable, "launch/scale.py", "--config", SMOKE, *lists, "train.max_steps=60", "train.save_every=5",
-            "train.eval_every=30"]  # fmt: skip
+    return [sys.executable, "launch/scale.py", "--config", SMOKE, *lists, *LEAN, "train.max_steps=60",
+            "train.save_every=10", "train.eval_every=60", "train.batch_size=32"]  # fmt: skip
 
 
 def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(terminal, tmp_path):
@@ -53,8 +53,8 @@ def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(
 
 
 def test_a_plan_is_printed_without_an_encoder_on_this_machine(terminal):
-    done = terminal.python("launch/scale.py", "--plan", "--config", SMOKE, "--encoder-shape", "24,1024,4096,50265",
-                           "--gpus", "1..4096", "--batch", "4096", "model.moe.num_experts=64")  # fmt: skip
+    done = terminal.here("launch/scale.py", "--plan", "--config", SMOKE, "--encoder-shape", "24,1024,4096,50265",
+                         "--gpus", "1..4096", "--batch", "4096", "model.moe.num_experts=64")  # fmt: skip
     assert done.code == 0, done.said
     rows = [line.split() for line in done.out.splitlines()]
     assert [row[0] for row in rows if len(row) > 15 and row[0].isdigit()][:13] == [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from comoe.benchmarks import contrastive, precision, serving, updates
+from comoe.benchmarks import contrastive, precision, serving, training, updates
 from comoe.benchmarks import contrastive as contrastive_costs
 from comoe.benchmarks.contrastive import FORMS, make_posts
 from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
@@ -300,10 +300,15 @@ def test_tables_of_any_encoder_are_no_arithmetic(family, expected):
     assert len(tables) == len(expected)
 
 
+def few_steps() -> dict[str, Any]:
+    training.STEPS, training.EVAL_EVERY = 8, 4
+    return training.measure_monitoring(SMOKE)
+
+
 @pytest.mark.multiprocess
 def test_monitoring_is_timed_inside_a_run():
-    measured = run_forked("comoe.benchmarks.training:measure_monitoring", 1, config=SMOKE)
-    assert 0 < measured["share"]["value"] < 1 and measured["share"]["rounds"] == 40
+    measured = run_forked("tests.unit.benchmarks.test_benchmarks:few_steps", 1)
+    assert 0 < measured["share"]["value"] < 1 and measured["share"]["rounds"] == 8
     assert 0 < measured["evaluation_share"]["value"] < 1
 
 

@@ -36,15 +36,15 @@ FAULTS = {
 
 
 def test_a_fault_of_a_page_fails_the_build(tmp_path):
-    def built(pages: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        listed = "\n".join(["good", *(page for page in pages if page != "orphan")])
-        (tmp_path / "index.md").write_text(f"# Index\n\n```{{toctree}}\n{listed}\n```\n")
-        for page, text in {"good": "[there](index.md#index)", **pages}.items():
-            (tmp_path / f"{page}.md").write_text(f"# {page.title()}\n\n{text}\n")
-        return build(tmp_path, tmp_path / "out", "-b", "dummy")
-
-    assert built({}).returncode == 0
-    faulty = built({page: text for page, (text, _) in FAULTS.items()})
-    assert faulty.returncode != 0
+    pages = {"good": "[there](index.md#index)"}
+    pages |= {page: text for page, (text, _) in FAULTS.items()}
+    listed = "\n".join(page for page in pages if page != "orphan")
+    (tmp_path / "index.md").write_text(f"# Index\n\n```{{toctree}}\n{listed}\n```\n")
+    for page, text in pages.items():
+        (tmp_path / f"{page}.md").write_text(f"# {page.title()}\n\n{text}\n")
+    faulty = build(tmp_path, tmp_path / "out", "-b", "dummy")
+    assert faulty.returncode != 0 and not re.search(
+        r"(good|index)\.md:?\d*: WARNING", faulty.stderr
+    )
     for page, (_, word) in FAULTS.items():
         assert re.search(rf"{page}\.md.*WARNING.*{word}", faulty.stderr), faulty.stderr

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from helpers_data import files_up_to
 from helpers_export import tiny_predictor
+from helpers_ranks import forking
 
 from comoe.config.failure import REMEDIES, sentence
 from comoe.data.reading import files, stream
@@ -319,9 +320,12 @@ def test_equal_texts_are_predicted_once_whatever_else_is_in_their_rows(
             assert found["mood"]["scores"] == scores
 
 
-def test_several_processes_write_the_bytes_of_one(predictor, tmp_path):
+def test_several_processes_write_the_bytes_of_one(predictor, tmp_path, monkeypatch):
     source = write_input(tmp_path, "a.csv", ROWS[:450])
+    context = forking()
     for dedupe in (False, True):
+        if dedupe:  # the first ones were fresh processes
+            monkeypatch.setattr(engines.multiprocessing, "get_context", lambda _: context)
         targets = [tmp_path / f"{workers}.jsonl" for workers in (1, 2)]
         for workers, target in enumerate(targets, start=1):
             predict(predictor, source, target, workers=workers, dedupe=dedupe)
