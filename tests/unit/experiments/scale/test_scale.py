@@ -152,7 +152,8 @@ if how == "refused":
     sys.exit("comoe: rank 0: the encoder is missing")
 folder.mkdir(parents=True)
 if how == "lost":
-    print("a rank was killed\ncomoe: starting 2 ranks, on the CPU", flush=True)
+    print("comoe: starting 2 ranks, on the CPU", flush=True)
+    print("a rank was killed", flush=True)
     sys.exit(0)
 (folder / "export").mkdir(exist_ok=True)
 (folder / "results.json").write_text(json.dumps({"finished": "all steps done", "best_value": 0.5}))
