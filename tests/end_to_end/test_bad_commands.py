@@ -35,7 +35,11 @@ def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence(terminal, tmp_
 def test_a_dry_run_of_a_run_that_is_there_is_refused_and_leaves_it(smoke_run, terminal):
     before = {path: path.stat().st_mtime_ns for path in smoke_run.folder.rglob("*")}
     done = terminal.python(
-        "launch/train.py", "--config", SMOKE, "--dry-run", f"run.output_dir={smoke_run.folder.parent}"
+        "launch/train.py",
+        "--config",
+        SMOKE,
+        "--dry-run",
+        f"run.output_dir={smoke_run.folder.parent}",
     )
     assert (done.code, done.err) == (
         2,
