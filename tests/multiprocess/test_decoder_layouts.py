@@ -102,10 +102,10 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two):
                     for ids in (found, logits)
                 )
             np.testing.assert_allclose(found, logits, atol=TOLERANCE, rtol=0, err_msg=str(case))
-        # A T5 of random weights may say the same of every post.
+        # Random weights may say the same of every post; those of the BART do not.
         written = expected["reason/ids"][np.array(SERVED) == 4]
         assert (written[:, 0] >= 0).all()
-        assert case["family"] in ("t5", "flan") or len({*map(tuple, written)}) == 2
+        assert case["family"] != "bart" or len({*map(tuple, written)}) == 2
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(on_two):
