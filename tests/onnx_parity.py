@@ -22,7 +22,7 @@ from helpers_model import HF_CONFIGS, VARIANTS, moe_config  # noqa: E402
 from comoe.config.recipe import ModelConfig  # noqa: E402
 from comoe.inference import onnx_export  # noqa: E402
 from comoe.inference.onnx_model import OnnxModel  # noqa: E402
-from comoe.models.model import build_model  # noqa: E402
+from comoe.models.build import build_model  # noqa: E402
 
 
 def measure(family: str, folder: Path) -> str:

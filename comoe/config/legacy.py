@@ -6,7 +6,6 @@ from typing import Any
 
 OLD_MEANINGS: dict[str, Any] = {
     "data.split_seed": "train",
-    "data.stratify": "first",
     "tasks.*.standardize": False,
     "model.moe.gate_scale": 1.0,
     "model.moe.expert_init": 0.02,

@@ -451,13 +451,14 @@ class DataConfig:
     null keeps all."""
     validation_fraction: Share = 0.1
     """Share of the training posts that becomes the validation split where a data set has none
-    (stratified by label, chosen by ``split_seed``)."""
+    (see ``stratify``, chosen by ``split_seed``)."""
     test_fraction: Share = 0.0
     """Share of the training posts that becomes the test split where a data set has none, drawn
     before the validation posts; 0 makes none. Both fractions are of all of these posts."""
-    stratify: Literal["all", "first"] = "all"
-    """By what these parts are stratified: all (the combinations of the labels of all tasks on a
-    post) or first (the labels of the first task)."""
+    stratify: Literal["first", "all"] = "first"
+    """By what these parts are stratified: first (the labels of the first task) or all (the
+    combinations of the labels of all tasks on a post; runs without some of the tasks then hold out
+    other posts)."""
     split_seed: Seed | Literal["train"] = 0
     """Seeds which posts are evaluated on, where there is a choice, so that runs of different
     ``train.seed`` are scored on the same posts; train follows ``train.seed``."""

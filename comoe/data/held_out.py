@@ -94,7 +94,7 @@ def with_held_out(
         except ValueError as error:
             raise ValueError(
                 f"{group.source.key}.path: {group.raw['train'].file} has no {split} split beside it, and its {error} "
-                f"for {split}. Add a {split} file, or posts, or raise data.{split}_fraction."
+                f"for {split}. Add a {split} file, or posts, or change data.{split}_fraction."
             ) from error
         splits, left = splits | parts, left - fraction
     return splits

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from comoe.config.extras import need
 from comoe.tasks.labels import split_words
@@ -77,20 +78,34 @@ def read_lexicon(path: Path) -> dict[str, float]:
         raise ValueError(f"--lexicon {path} is no UTF-8 text ({error}).") from error
     found: dict[str, float] = {}
     marks = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in text else {}
-    for line, cells in enumerate(csv.reader(io.StringIO(text), **marks), start=1):
+    for line, cells in _lines(path, csv.reader(io.StringIO(text), **marks)):
         if not any(cell.strip() for cell in cells):
             continue
         word, number = cells[0].strip().casefold(), _number(cells[1]) if len(cells) > 1 else None
-        if number is None and line == 1:
+        if number is None and line == 1 and len(cells) > 1:
             continue
         if number is None or not split_words(word):
             raise ValueError(
                 f"{path}:{line}: {','.join(cells)!r} must be a word and a number, as in good,1.9."
             )
-        found[word] = number
+        if found.setdefault(word, number) != number:
+            raise ValueError(
+                f"{path}:{line}: {word} has the number {found[word]:g} above; keep one."
+            )
     if not found:
         raise ValueError(f"--lexicon {path} has no word; write a word and a number per line.")
     return found
+
+
+def _lines(path: Path, rows: Any) -> Iterator[tuple[int, list[str]]]:
+    """Number of the last line of each row, and its cells."""
+    try:
+        for cells in rows:
+            yield rows.line_num, cells
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{rows.line_num}: {error}; look for a quote that is not closed."
+        ) from error
 
 
 def _number(text: str) -> float | None:

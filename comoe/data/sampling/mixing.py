@@ -155,8 +155,9 @@ def joint_label_shares(classes: np.ndarray) -> list[tuple[np.ndarray, float]]:
 
     The shares are those of the data, scaled for one task after the other until nothing changes: of all
     shares with even labels the nearest to the data's. Where no such shares exist, because some
-    labels only occur together, the last task is even and the others nearly. What posts without a
-    label of a task have in sum follows from the other tasks.
+    labels only occur together, tasks are less even: no combination comes less often than ``FLOOR``
+    times its share of the data. What posts without a label of a task have in sum follows from
+    the other tasks.
 
     Args:
         classes: label ids, int, (n, C); -1 has none.
@@ -174,12 +175,17 @@ def joint_label_shares(classes: np.ndarray) -> list[tuple[np.ndarray, float]]:
                 shares_K[labels_K == label] *= even / shares_K[labels_K == label].sum()
         if np.abs(shares_K - before_K).max() < 1e-12:
             break
+    shares_K = np.maximum(shares_K, FLOOR * counts / counts.sum())
+    shares_K /= shares_K.sum()
     rows = [np.flatnonzero(places.reshape(-1) == kind) for kind in range(len(kinds))]
     return list(zip(rows, shares_K.tolist(), strict=True))
 
 
 FITTING_STEPS = 1000
 """Most rounds of ``joint_label_shares``."""
+
+FLOOR = 0.1
+"""Share of its posts' share of the data that a combination of labels keeps."""
 
 
 MIXINGS: dict[str, Mixing] = {

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from comoe.config.errors import unknown_name
+from comoe.config.extras import need
 from comoe.config.recipe import Recipe
 from comoe.experiments.classical import BASELINES
 from comoe.experiments.compare.arms import (
@@ -34,6 +35,8 @@ def classical_arms(arms: Sequence[str], lexicon: Path | None) -> dict[str, list[
     """
     found = {arm: [Part(arm, (), (arm,))] for arm in arms if arm in BASELINES}
     if lexicon is None:
+        if LEXICON in found:
+            need(LEXICON, what="the arm lexicon without --lexicon")
         return found
     if LEXICON not in found:
         raise ValueError(f"--lexicon {lexicon} is read by the arm {LEXICON}; add it to --arms.")
@@ -77,6 +80,8 @@ def group_arms(texts: Iterable[str], recipe: Recipe) -> dict[str, list[Part]]:
             raise ValueError(
                 f"--groups {name}: no task of {'+'.join(bare[0])} is measured; put it to another group."
             )
+        if name in found:
+            raise ValueError(f"--groups {name} is given twice; choose a name for each.")
         found[name] = [_group(recipe, group) for group in groups]
     return found
 
@@ -113,5 +118,6 @@ def custom_arms(texts: Iterable[str]) -> dict[str, list[str]]:
         parts = [part.strip() for part in re.split(r",(?=[\w.-]+=)", overrides)]
         if not colon or not all("=" in part for part in parts):
             raise ValueError(f"--arm {text!r} must read name:key=value,key=value.")
-        found[name.strip()] = parts
+        if found.setdefault(name.strip(), parts) != parts:
+            raise ValueError(f"--arm {name.strip()} is given twice; choose a name for each.")
     return found

@@ -130,6 +130,7 @@ def test_a_test_part_is_held_out_before_the_validation_part_and_both_are_shares_
         mood=TaskConfig(path="posts.jsonl", label="mood"),
         topic=TaskConfig(path="posts.jsonl", label="topic"),
     )
+    recipe.data.stratify = "all"
     before = load_corpus(recipe).splits["validation"].texts
     recipe.data.test_fraction, recipe.data.validation_fraction = 0.25, 0.15
     corpus = load_corpus(recipe)
@@ -163,6 +164,7 @@ def test_too_many_combinations_are_stratified_by_the_first_task(tmp_path):
         mood=TaskConfig(path="posts.jsonl", label="mood"),
         topic=TaskConfig(path="posts.jsonl", label="topic"),
     )
+    recipe.data.stratify = "all"
     corpus = load_corpus(recipe)
     assert np.bincount(corpus.splits["validation"].labels["mood"]).tolist() == [4, 4]
     assert "stratified by label" in corpus.report.notes[0]

@@ -190,13 +190,14 @@ def test_vader_is_its_package_with_the_edge_of_its_authors():
 @pytest.mark.parametrize(
     ("content", "named"),
     [("good,1\nbad\n", ":2: 'bad'"), ("word,n\ngood,1\nbad,low\n", ":3: 'bad,low'"), ("a,nan\nb,inf\n", ":2:"),
-     ("", "has no word"), (None, "no such file")],
+     ("good;1.9\nbad,1\n", ":1: 'good;1.9'"), ("good,1\nbad,2\ngood,-1\n", ":3: good has the number 1"),
+     ('good,1\n"' + "x" * 140_000, "not closed"), ("", "has no word"), (None, "no such file")],
 )  # fmt: skip
 def test_a_wrong_lexicon_is_refused_with_its_line(tmp_path, content, named):
     file = tmp_path / "own.csv"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ValueError, match="good,1.9|--lexicon") as raised:
+    with pytest.raises(ValueError, match="good,1.9|--lexicon|own.csv:") as raised:
         read_lexicon(file)
     assert named in str(raised.value)
 

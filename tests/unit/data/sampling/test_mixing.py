@@ -7,6 +7,7 @@ import pytest
 
 from comoe.data.sampling.mixing import (
     draws_in_stretch,
+    FLOOR,
     joint_label_shares,
     label_shares,
     loss_gains,
@@ -114,3 +115,13 @@ def test_labels_that_only_some_posts_have_are_even_among_these():
     found = joint_label_shares(stuck)
     assert marginal(found, stuck, 1) == pytest.approx({0: 0.5, 1: 0.5})
     assert sum(share for _, share in found) == pytest.approx(1)
+
+
+def test_no_combination_of_labels_disappears_for_the_sake_of_even_labels():
+    # Without a post that has both second labels, even ones would leave none with both first labels.
+    classes = np.repeat([[0, 0], [0, 1], [1, 0]], [300, 400, 300], axis=0)
+    shares = {tuple(classes[rows[0]]): share for rows, share in joint_label_shares(classes)}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[0, 0] > 0.3 * FLOOR / 1.03 and shares[0, 1] == pytest.approx(
+        shares[1, 0], rel=1e-3
+    )

@@ -95,6 +95,8 @@ def test_a_report_proposes_groups_and_its_command_trains_them(experiment, capsys
     (command,) = [line for line in table.splitlines() if line.startswith("comoe compare")]
     read = parser().parse_intermixed_args(shlex.split(command)[2:])
     arms = group_arms(read.groups, load_recipe(experiment.config))
+    with pytest.raises(ValueError, match="given twice"):
+        group_arms([*read.groups, read.groups[0]], load_recipe(experiment.config))
     assert list(arms) == ["proposed", "random1", "random2"]
     plan = plan_arms(experiment, arms=["multi", *arms], custom={}, seeds=[0], own=arms)
     assert [trial.name for trial in plan.arm("proposed", flag="").trials] == [
