@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from comoe.data.sampling.mixing import (
-    draws_in_stretch,
     FLOOR,
+    draws_in_stretch,
     joint_label_shares,
     label_shares,
     loss_gains,
