@@ -17,7 +17,7 @@ from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.classical import BASELINES
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, measured_tasks
 from comoe.experiments.compare.grouping import FEWEST, MOST, propose
-from comoe.experiments.compare.plan import Arm, Plan
+from comoe.experiments.compare.plan import Arm, Plan, read_seeds
 from comoe.experiments.compare.report import AFFINITY_FILE, Comparison
 from comoe.experiments.compare.results import REMOVAL_FILE, split_of
 from comoe.experiments.compare.transfer import left_out_task
@@ -96,8 +96,11 @@ def proposals(
         if found is None:
             return comparison
         words = ["comoe", "compare", str(given.config), "--arms", plan.joint]
-        words += ["--against", plan.joint, *found.options, "--seeds", given.seeds]
-        words += ["--output", str(given.output), "--deepspeed", str(given.deepspeed)]
+        # Seeds that had no part in the choice, and a folder that leaves its evidence as it is.
+        seeds = read_seeds(given.seeds, flag="--seeds")
+        fresh = ",".join(str(seed + max(seeds) + 1 - min(seeds)) for seed in seeds)
+        words += ["--against", plan.joint, *found.options, "--seeds", fresh]
+        words += ["--output", f"{given.output}_groups", "--deepspeed", str(given.deepspeed)]
         words += ["--ranks", str(given.ranks)] if given.ranks else []
         command = shlex.join([*words, *given.overrides])
         return replace(comparison, proposal=found, proposal_command=command)

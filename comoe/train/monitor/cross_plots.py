@@ -54,6 +54,6 @@ def cross_tables_figure(tables: Mapping[str, CrossTable], *, title: str) -> Figu
         panel.set_ylabel(table.rows, fontsize=8)
         panel.set_xlabel(table.columns, fontsize=8)
         posts, v = table.counts_RC.sum(), cramers_v(table.counts_RC, corrected=True)
-        panel.set_title(f"{name}: {posts:,.0f} posts, V = {v:.2f}", fontsize=8)
+        panel.set_title(f"{name}: {posts:,.0f} posts, corrected V = {v:.2f}", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure

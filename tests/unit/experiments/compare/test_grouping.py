@@ -94,6 +94,8 @@ def test_a_report_proposes_groups_and_its_command_trains_them(experiment, capsys
     assert "| proposed | mood+topic/stance |" in table
     (command,) = [line for line in table.splitlines() if line.startswith("comoe compare")]
     read = parser().parse_intermixed_args(shlex.split(command)[2:])
+    assert set(read.seeds.split(",")).isdisjoint(given.seeds.split(","))
+    assert read.output != given.output
     arms = group_arms(read.groups, load_recipe(experiment.config))
     with pytest.raises(ValueError, match="given twice"):
         group_arms([*read.groups, read.groups[0]], load_recipe(experiment.config))
