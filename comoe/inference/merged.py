@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from comoe.config.failure import doing
 from comoe.inference.adapters import adapted_maps, check_free, gates_of_tasks
-from comoe.inference.export import export_checkpoint
+from comoe.inference.export import export_checkpoint, replacing
 from comoe.inference.export_config import CONFIG
 from comoe.inference.exported import Exported, load_exported
 from comoe.models.encoders.build import ANSWERING, build_encoder_from_config
@@ -68,21 +67,19 @@ def export_merged(folder: Path, exported: Exported) -> None:
         name.replace(".inner.", "."): value for name, value in model.encoder.state_dict().items()
     }
     maps = adapted_maps(model.encoder)
-    for number, task in enumerate(exported.tasks):
-        plain = build_encoder_from_config(dict(exported.config["encoder"]), generates=whole)
-        merged = {
-            f"{name}.weight": _merged(module.inner, module.update(gates[module.layer][number]))
-            for name, module in maps.items()
-        }
-        filled = weights | merged
-        plain.load_state_dict({name: filled[name] for name in plain.state_dict()})
-        # What only comoe reads; the rest of it is in generation_config.json.
-        vars(plain.config).pop(ANSWERING, None)
-        place = folder / task.name
-        place.mkdir(parents=True)
-        with doing("writing", place):
-            plain.save_pretrained(place)
-            exported.tokenizer.save_pretrained(place)
+    with replacing(folder) as aside:
+        for number, task in enumerate(exported.tasks):
+            plain = build_encoder_from_config(dict(exported.config["encoder"]), generates=whole)
+            merged = {
+                f"{name}.weight": _merged(module.inner, module.update(gates[module.layer][number]))
+                for name, module in maps.items()
+            }
+            filled = weights | merged
+            plain.load_state_dict({name: filled[name] for name in plain.state_dict()})
+            # What only comoe reads; the rest of it is in generation_config.json.
+            vars(plain.config).pop(ANSWERING, None)
+            plain.save_pretrained(aside / task.name)
+            exported.tokenizer.save_pretrained(aside / task.name)
 
 
 @torch.no_grad()
