@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.data.corpus import load_corpus
     from comoe.data.reading.sources import read_input
 
+    if not given.file.exists():
+        raise ValueError(f"{given.file}: there is no such file or folder.")
     raw = read_input("FILE", str(given.file))
     if not raw.rows:
         first = f"; the first bad row: {raw.bad[0]}" if raw.bad else "."

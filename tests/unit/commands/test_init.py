@@ -88,3 +88,9 @@ def test_posts_that_cannot_be_learned_from_leave_no_recipe(posts, capsys):
         main([str(posts), "--label", "label"])
     assert capsys.readouterr().err.startswith("comoe init: tasks.label")
     assert list(Path().glob("*.yaml")) == []
+
+
+def test_a_file_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["none.csv"])
+    assert capsys.readouterr().err == "comoe init: none.csv: there is no such file or folder.\n"
