@@ -563,7 +563,7 @@ def test_the_command_prepares_and_prints_folders_and_fails_clearly_without_a_net
 ):
     assert main(["smoke:posts", "--quiet"]) == 0
     assert capsys.readouterr().out == f"smoke:posts\t{cache / 'smoke-1' / 'posts'}\n"
-    assert main(["kit:posts", "--quiet"]) == 1
+    assert main(["kit:posts", "--quiet"]) == 2
     assert "comoe train smoke" in capsys.readouterr().err
     assert not (cache / "kit-1" / "posts").exists()
 

@@ -30,7 +30,7 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
     }
     # The option may be larger than the table as long as no post is.
     vocabulary = {"[PAD]": 0, "last": BERT_LIKE["vocab_size"] - 1}
-    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=None)
     collator = SimpleNamespace(tasks=TASKS, domains=None, tokenizer=tokenizer)
     assert build_model(recipe, splits, collator).model.moe_layers()
     splits["validation"] = Tokens(lengths=np.array([21]))
