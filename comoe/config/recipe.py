@@ -94,9 +94,6 @@ class MoeConfig:
     dropout: Share = option(0.1, read_when="model.moe.form = lora")
     """Dropout on what the experts of a linear map read, one mask for all of them; ``model.dropout``
     overrides it."""
-    autocast_adapter_dtype: Flag = option(False, read_when="model.moe.form = lora")
-    """In bf16, keep all that trains in float32, weights and products, beside the frozen bf16 encoder (the
-    term is that of peft); false: bf16 copies of float32 masters."""
     gate_scope: Literal["model", "layer"] = option("model", read_when="model.moe.form = lora")
     """model: one gate for all linear maps, which reads the input of the first layer with experts
     (an encoder-decoder has one per stack). layer: one for the linear maps of each layer."""

@@ -183,12 +183,6 @@ def _adapters(recipe: Recipe) -> Broken:
     if moe.shared_width:
         rule = "but a shared expert is for model.moe.form beside; make it 0, or take more experts"
         yield "model.moe.shared_width", f"is {moe.shared_width}, {rule}."
-    if moe.autocast_adapter_dtype and recipe.model.train_layers not in ("auto", "none"):
-        rule = f"but model.train_layers ({recipe.model.train_layers}) trains weights that bf16 keeps in half"
-        yield "model.moe.autocast_adapter_dtype", f"is true, {rule}; make it false."
-    if moe.autocast_adapter_dtype and recipe.model.vision.tower is not None:
-        rule = "but model.vision.tower reads images, which only the precision of the encoder fits"
-        yield "model.moe.autocast_adapter_dtype", f"is true, {rule}; make it false."
 
 
 def _task_prior(recipe: Recipe) -> Broken:

@@ -162,14 +162,10 @@ class TaskHead(nn.Module):
         if self.pooling is not None:
             pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
         if self.mode == "tokens":
-            return HeadOutput(self._of(hidden_BLM).float(), pooled_BM, None)
+            return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
-        logits = pooled_BM[:, :0] if self.output is None else self._of(pooled_BM)
+        logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
         return HeadOutput(logits.float(), pooled_BM, attention_BL)
-
-    def _of(self, states: Tensor) -> Tensor:
-        # Heads may be wider than the states, see ``model.moe.autocast_adapter_dtype``.
-        return self.output(self.dropout(states).to(self.output.weight.dtype))
 
 
 def probe(
@@ -221,5 +217,4 @@ class PrivatePart(nn.Module):
 
     def forward(self, shared_BLM: Tensor) -> Tensor:
         """What is added to the shared states, (B, L, M)."""
-        wide_BLM = shared_BLM.to(self.norm.weight.dtype)
-        return self.dropout(self.feed_forward(self.norm(wide_BLM))).to(shared_BLM.dtype)
+        return self.dropout(self.feed_forward(self.norm(shared_BLM))).to(shared_BLM.dtype)

@@ -236,8 +236,7 @@ class MultiTaskModel(nn.Module):
             private |= update
             logits[name] = output.logits
             if output.pooled_BM is not None:
-                pooled_BM = output.pooled_BM.to(self.projection.weight.dtype)
-                embeddings[name] = F.normalize(self.projection(pooled_BM).float(), dim=1)
+                embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
             if output.attention_BL is not None:
                 attentions[name] = output.attention_BL
         return logits, embeddings, attentions, private

@@ -41,7 +41,6 @@ from torch import nn
 
 from comoe.config.recipe import Recipe
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.models.encoders.attach import trains_in_float32
 from comoe.models.encoders.families import expert_width, family_of, has_decoder
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
@@ -260,8 +259,6 @@ class RunSize:
     """ZeRO stage."""
     bf16: bool = False
     """Bfloat16 weights and activations with float32 masters; else float32."""
-    wide: bool = False
-    """In bf16: what trains is float32, see ``model.moe.autocast_adapter_dtype``."""
     averaged: bool = False
     """A moving average of the weights is kept, in float32."""
     optimizer: str = "adamw"
@@ -290,7 +287,7 @@ class RunSize:
         """Of the gradients when the backward pass ends."""
         if self.stage == 1:
             whole = self.dense - self.frozen + math.ceil(self.experts / self.ep_size)
-            return (FULL + HALF * (self.bf16 and not self.wide)) * whole
+            return (FULL + HALF * self.bf16) * whole
         if self.stage == 2 and not self.bf16 and self.tensor_groups:
             return FULL * sum(whole_tensors(group, ranks=n) for group, n in self.tensor_groups)
         return FULL * self.trained_share
@@ -302,7 +299,7 @@ class RunSize:
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        precision = ("bf16 and float32" if self.wide else "bf16") if self.bf16 else "float32"
+        precision = "bf16" if self.bf16 else "float32"
         offload = ", optimizer offload" if self.offload else ""
         return f"{ranks}, EP {self.ep_size}, ZeRO {self.stage}, {precision}{offload}"
 
@@ -328,19 +325,16 @@ def plan_memory(
     share = math.ceil((size.dense + size.experts) / size.world_size)
     trained, offload = size.trained_share, size.offload
     held = share if size.stage == 3 else whole
-    frozen = math.ceil(size.frozen / (size.world_size if size.stage == 3 else 1))
-    trained_number = FULL if size.wide else number
-    weights = number * frozen + trained_number * (held - frozen)
-    average = FULL * max(0, held - frozen) * size.averaged
+    average = FULL * max(0, held - size.frozen) * size.averaged
     moments = FULL * MOMENTS[size.optimizer](size.momentum) * trained
     gathered = number * size.gathered_elements if size.stage == 3 else 0
     parts = (
-        MemoryPart("weights", weights),
+        MemoryPart("weights", number * held),
         *([MemoryPart("average of the weights (float32)", average)] if average else []),
         _part("gradients", size.gradient_bytes(), on_host=offload and size.stage > 1),
         _part("master copy (float32)", FULL * trained, on_host=offload),
         _part(f"moments of {size.optimizer}", moments, on_host=offload),
-        MemoryPart("reduction bucket", trained_number * size.bucket_elements),
+        MemoryPart("reduction bucket", number * size.bucket_elements),
         MemoryPart("gathered weights", gathered),
         *_passing(work or Work(), tower or Work(), decoder, number),
     )
@@ -463,7 +457,6 @@ def plan_run(
         ep_size=layout.ep_size,
         stage=layout.stage,
         bf16=layout.bf16,
-        wide=layout.bf16 and trains_in_float32(recipe.model),
         averaged=recipe.train.average_weights > 0,
         optimizer=recipe.train.optimizer,
         momentum=recipe.train.momentum,
@@ -480,12 +473,12 @@ def plan_run(
     )
     # Both passes of R-Drop wait for the backward pass.
     posts = layout.micro_batch_size * (2 if recipe.loss.r_drop_weight else 1)
-    work, decoder = _text_work(recipe, model, train, posts=posts, bf16=layout.bf16)
+    work, decoder = _text_work(recipe, model, train, posts=posts)
     return plan_memory(size, work, tower=_tower_work(model, posts), decoder=decoder)
 
 
 def _text_work(
-    recipe: Recipe, model: MultiTaskModel, train: TokenizedSplit, *, posts: int, bf16: bool
+    recipe: Recipe, model: MultiTaskModel, train: TokenizedSplit, *, posts: int
 ) -> tuple[Work, DecoderWork | None]:
     """What the encoder, and a decoder, go through for a number of posts."""
     encoder, blocks = model.encoder.config, model.moe_layers()
@@ -493,9 +486,6 @@ def _text_work(
     rows = _row_tokens(model, train, by_task=by_task, distilled=distilled)
     num_layers, ffn_widths = stack_shapes(encoder)
     adapters, width = adapters_of(model.encoder), model.config.hidden_size
-    # In bf16 a number of float32 counts as two.
-    wide = trains_in_float32(recipe.model) and bf16
-    kept = sum(kept_of_token(adapter, copied=wide) for adapter in adapters) * (1 + wide)
     common = {
         "width": width,
         "top_k": recipe.model.moe.top_k,
@@ -516,7 +506,7 @@ def _text_work(
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
         moe_layers=0 if adapters else of_encoder,
-        adapter_numbers=kept,
+        adapter_numbers=sum(map(kept_of_token, adapters)),
         **common,
     )
     if model.causal_decoder is not None:
@@ -537,11 +527,11 @@ def _text_work(
     return work, DecoderWork(own, read_tokens=prompts, vocabulary=encoder.vocab_size)
 
 
-def kept_of_token(adapter: LoraLinear, *, copied: bool = False) -> int:
-    """Numbers that the experts of a linear map keep of a token: what A reads, under dropout or where it
-    is ``copied`` of its own, and what B reads, before and after the gate."""
+def kept_of_token(adapter: LoraLinear) -> int:
+    """Numbers that the experts of a linear map keep of a token: what A reads, under dropout a copy
+    of its own, and what B reads, before and after the gate."""
     columns = adapter.num_experts * adapter.rank
-    return 2 * columns + (widths_of(adapter.inner)[0] if adapter.dropout.p or copied else 0)
+    return 2 * columns + (widths_of(adapter.inner)[0] if adapter.dropout.p else 0)
 
 
 class RowTokens(NamedTuple):

@@ -132,16 +132,11 @@ def check_same_groups(folder: Path, recipe: Recipe) -> None:
     """Refuse to go on with other parameter groups than the optimizer of a run was saved with.
 
     Raises:
-        ValueError: ``train.layer_decay`` is 1 in one of both alone, or what trains has another precision.
+        ValueError: ``train.layer_decay`` is 1 in one of both alone.
     """
-    saved = load_saved_recipe(folder / "config.yaml")
-    began, now = (each.model.moe.autocast_adapter_dtype for each in (saved, recipe))
-    if began != now:
-        raise ValueError(
-            f"model.moe.autocast_adapter_dtype is {now}, but {folder} has {began}: its optimizer has weights of "
-            "another precision. Leave it as it was, or begin a new run with another run.name."
-        )
-    began, now = (each.train.layer_decay for each in (saved, recipe))
+    began, now = (
+        each.train.layer_decay for each in (load_saved_recipe(folder / "config.yaml"), recipe)
+    )
     if (began == 1) != (now == 1):
         raise ValueError(
             f"train.layer_decay is {now}, but {folder} has {began}: its optimizer has other groups of weights. "

@@ -109,23 +109,13 @@ def own_batch(step: int, family: str) -> Batch:
     return replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1))
 
 
-def start(
-    encoder: str,
-    *,
-    stage: int,
-    ep: int,
-    recompute: bool,
-    universal: bool = False,
-    half: bool = False,
-) -> Any:
-    """(engine, layout) of this rank; ``half``: what is frozen in bf16, what trains in float32."""
+def start(encoder: str, *, stage: int, ep: int, recompute: bool, universal: bool = False) -> Any:
+    """(engine, layout) of this rank."""
     from tests.multiprocess import workers
 
-    changes = {"model__moe__autocast_adapter_dtype": True} if half else {}
-    chosen = recipe(encoder, ep=ep, recompute=recompute, **changes)
+    chosen = recipe(encoder, ep=ep, recompute=recompute)
     workers.tasks_of = lambda recipe: tasks()
     settings = {"checkpoint": {"load_universal": True}} if universal else {}
-    settings |= {"bf16": {"enabled": True}} if half else {}
     return workers.build(chosen, stage=stage, settings=settings)
 
 
@@ -231,35 +221,6 @@ def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> di
     engine, layout = start(models[family], stage=int(stage), ep=1, recompute=False, universal=True)
     load_checkpoint(find_checkpoint(folder / name).path, engine, layout)
     return {"losses": train(engine, range(SAVED_AFTER, steps), family), "name": name}
-
-
-def half(encoder: str, folder: str, name: str, stages: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Each stage with a frozen bf16 encoder: losses, those of a resume, precisions, gathered weights."""
-    from comoe.train.checkpoint.folder import find_checkpoint
-    from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
-    from comoe.train.parallel.setup import gather_full_state
-    from comoe.train.state import TrainState
-
-    found, family = [], family_in(encoder)
-    for stage in stages:
-        options = {"stage": stage, "ep": 1, "recompute": stage == 3, "half": True}
-        engine, layout = start(encoder, **options)
-        precisions = {
-            (weight.requires_grad, getattr(weight, "ds_tensor", weight).dtype)
-            for weight in engine.objective.model.parameters()
-        }
-        losses = train(engine, range(SAVED_AFTER), family)
-        place = Path(folder) / f"{name}-{stage}"
-        save_checkpoint(place, engine, TrainState(step=SAVED_AFTER), layout, keep=1)
-        losses += train(engine, range(SAVED_AFTER, STEPS), family)
-        state = gather_full_state(engine.deepspeed)
-        fresh, layout = start(encoder, **options)
-        load_checkpoint(find_checkpoint(place).path, fresh, layout)
-        resumed = train(fresh, range(SAVED_AFTER, STEPS), family)
-        found.append(
-            {"losses": losses, "resumed": resumed, "precisions": precisions, "state": state}
-        )
-    return found
 
 
 def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:

@@ -129,11 +129,6 @@ def trained_layers(config: ModelConfig) -> int | str:
     return "none" if freezes else "all"
 
 
-def trains_in_float32(config: ModelConfig) -> bool:
-    """Whether in bf16 all that trains is float32, beside a frozen encoder."""
-    return config.moe.autocast_adapter_dtype and trained_layers(config) == "none"
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
     """One way to put experts into a model."""

@@ -63,9 +63,7 @@ class LoraGate(GatedBlock):
         if context.fan_out is not None:
             x_BLM = context.fan_out.to_rows(x_BLM)
         real_SM = x_BLM.reshape(-1, x_BLM.shape[-1]).index_select(0, context.real_index_S)
-        x_SM = real_SM
-        if self.norm is not None:
-            x_SM = self.norm(real_SM.to(self.norm.weight.dtype))
+        x_SM = real_SM if self.norm is None else self.norm(real_SM)
         task_logits_SE, own_SE = self.of_tasks(context)
         self.router.prepare(task_logits_SE, context.selected.get(self.layer), own_SE)
         routing = self.router.route(self.gate, x_SM, self.balance_bias_E)
@@ -146,11 +144,11 @@ class LoraLinear(nn.Module):
         output = self.inner(x)
         context = self.holder.context
         mixing_NE = context.mixing[self.layer]
-        # Float32 beside a bf16 map where ``autocast_adapter_dtype`` says so; else the map's own.
-        read = self.dropout(x).to(self.lora_A.dtype)
-        middle = F.linear(read, self.lora_A).view(*mixing_NE.shape, self.rank)
-        weighted = middle * (self.scale * mixing_NE).to(middle.dtype)[:, :, None]
-        update = F.linear(weighted.flatten(1), self.lora_B).view_as(output).to(output.dtype)
+        middle = F.linear(self.dropout(x), self.lora_A.to(x.dtype)).view(
+            *mixing_NE.shape, self.rank
+        )
+        weighted = middle * (self.scale * mixing_NE).to(x.dtype)[:, :, None]
+        update = F.linear(weighted.flatten(1), self.lora_B.to(x.dtype)).view_as(output)
         if self.holder.off:
             update = torch.zeros_like(update)
         if not self.training:

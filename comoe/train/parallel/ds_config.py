@@ -16,7 +16,7 @@ from comoe.config.ready_made import settings_path
 from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
 from comoe.distributed import all_gather_objects, gpu_lacks_bf16
-from comoe.models.encoders.attach import FORMS, trains_in_float32
+from comoe.models.encoders.attach import FORMS
 from comoe.models.moe.block import MIXTURE_PATTERN
 from comoe.train.parallel.ds_keys import REFUSED, SET, check_settings, parse_settings
 
@@ -92,9 +92,6 @@ def plan_layout(
     bf16, reason = _precision(settings, gpu=gpu, begun_in_bf16=begun_in_bf16)
     batch = recipe.train.batch_size
     asked = recipe.loss.contrastive.chunk_size or recipe.train.micro_batch_size
-    masters = "with float32 master weights"
-    if trains_in_float32(recipe.model):
-        masters = "with float32 experts and heads"
     micro = posts_per_forward(asked, batch_size=batch, world_size=world_size)
     return Layout(
         world_size=world_size,
@@ -103,7 +100,7 @@ def plan_layout(
         micro_batch_size=micro,
         accumulation=math.ceil(batch / (micro * world_size)),
         bf16=bf16,
-        precision=f"{f'bf16 {masters}' if bf16 else 'float32'}: {reason}",
+        precision=f"{'bf16 with float32 master weights' if bf16 else 'float32'}: {reason}",
     )
 
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_in_group, join_alone
 from comoe.losses.objective import Objective
-from comoe.models.encoders.attach import trains_in_float32
 from comoe.models.encoders.families import layers_above
 from comoe.models.encoders.pretrained import split_as_it_loads
 from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
@@ -169,17 +168,11 @@ def build_deepspeed_engine(
             ``comoe.train.parallel.ds_config.fill_settings``.
     """
     groups = parameter_groups(objective, recipe)
-    mixed = settings["bf16"]["enabled"] and trains_in_float32(recipe.model)
     split = [hasattr(parameter, "ds_id") for parameter in objective.parameters()]
-    if settings["bf16"]["enabled"] and (any(split) or mixed):
+    if any(split) and settings["bf16"]["enabled"]:
         # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
         for parameter, done in zip(objective.parameters(), split, strict=True):
-            if not done and not (mixed and parameter.requires_grad):
-                parameter.data = parameter.data.bfloat16()
-    if mixed:
-        # Its optimizers have one precision, that of what trains; frozen weights keep theirs.
-        settings = {**settings, "bf16": {"enabled": False}}
-        settings.pop("data_types", None)
+            parameter.data = parameter.data if done else parameter.data.bfloat16()
     with our_classes(recipe.model.moe, len(objective.tasks)):
         engine, _, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=dict(settings)

@@ -174,14 +174,6 @@ OVERRIDES = [
     ("model.moe.form=lora model.random_width=64", "model.train_layers", "is auto, but model.random_width"),
     ("model.moe.form=lora model.moe.shared_width=8", "model.moe.shared_width", "for model.moe.form beside"),
     ("model.moe={form: lora, gate: random, top_k: 1, balance: none}", "model.moe.gate", "choose sigmoid"),
-    (
-        "model.moe={form: lora, autocast_adapter_dtype: true} model.train_layers=all",
-        "model.moe.autocast_adapter_dtype", "trains weights that bf16 keeps in half; make it false",
-    ),
-    (
-        "model.moe={form: lora, autocast_adapter_dtype: true} model.vision.tower=x",
-        "model.moe.autocast_adapter_dtype", "reads images",
-    ),
     ("parallel={ep_size: 2} model.moe.form=lora", "parallel.ep_size", "is for model.moe.form beside"),
     ("parallel.ep_size=3", "parallel.ep_size", "set it to auto or one of [1, 2, 4, 8]"),
     ("loss.orthogonal_weight=0.1", "loss.orthogonal_weight", "set model.private_width"),
