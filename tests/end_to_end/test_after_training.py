@@ -88,7 +88,7 @@ def test_a_file_that_is_not_there_is_one_sentence(smoke_run, terminal, tmp_path)
         "launch/predict.py", "--model", model, "--input", missing, "--output", tmp_path / "x",
     )  # fmt: skip
     assert (done.code, done.err) == (
-        1,
+        2,
         f"comoe predict: --input {missing}: there is no such file.\n",
     )
 
