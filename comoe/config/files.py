@@ -41,12 +41,19 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
         mode: ``wb``, or ``w`` for UTF-8 text with line ends as they are given.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    if Path("/dev") in path.parents or (path.exists() and not path.is_file()):
+    if written_directly(path) or path.is_dir():
         with doing("writing", path), path.open(mode, **text) as file:
             yield file
         return
     with doing("writing", path):
         yield from _written_aside(path, mode, text)
+
+
+def written_directly(path: Path) -> bool:
+    """Whether a file is a pipe or a device, which cannot be replaced."""
+    other = path.exists() and not path.is_file() and not path.is_dir()
+    # /dev/stdout may lead to a plain file; /dev/shm is a folder like others.
+    return path.parent in (Path("/dev"), Path("/dev/fd")) or other
 
 
 def _written_aside(path: Path, mode: str, text: Mapping[str, str]) -> Iterator[IO]:

@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from comoe.config.files import atomic_file
+from comoe.config.files import atomic_file, written_directly
 from comoe.data.posts import Post
 from comoe.inference.options import PredictOptions
 from comoe.inference.prior import apply_rates, choose_adapted, find_rates, read_rates
 from comoe.inference.summary import Counts, labels_of
 from comoe.inference.windows import WINDOW
-from comoe.inference.writers import JsonLines, packer, written_directly
+from comoe.inference.writers import JsonLines, packer
 
 
 class Adapted(JsonLines):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import comoe
 from comoe.config.errors import unknown_name
-from comoe.config.files import atomic_file, is_read_from, lock_beside, locked
+from comoe.config.files import atomic_file, is_read_from, lock_beside, locked, written_directly
 from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
@@ -25,7 +25,7 @@ from comoe.inference.predictor import Predictor
 from comoe.inference.ray_engine import predict_with_ray
 from comoe.inference.summary import Counts, Summary
 from comoe.inference.windows import answered, windows_of
-from comoe.inference.writers import JsonLines, make_writer, packer, written_directly
+from comoe.inference.writers import JsonLines, make_writer, packer
 
 ENGINES: dict[str, Callable[..., Answers]] = {
     "processes": predict_in_processes,

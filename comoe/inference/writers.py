@@ -43,13 +43,6 @@ def packer(writer: JsonLines, target: Path) -> Callable[[bytes], bytes]:
     return PACKERS.get(target.suffix.lower(), bytes) if writer.packed else bytes
 
 
-def written_directly(target: Path) -> bool:
-    """Whether an output is a pipe or a device, which cannot be replaced."""
-    other = target.exists() and not target.is_file() and not target.is_dir()
-    # /dev/stdout may lead to a plain file; /dev/shm is a folder like others.
-    return target.parent in (Path("/dev"), Path("/dev/fd")) or other
-
-
 def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
     """The writer that some options ask for.
 

@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     with atomic_file(path, "w") as file:
         file.write("a\r\nü\n")
     assert path.read_bytes() == "a\r\nü\n".encode() and os.listdir(tmp_path) == ["posts.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_a_file_system_in_memory_is_no_device() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "kept.txt"
+        path.write_text("before")
+        with pytest.raises(RuntimeError), atomic_file(path, "w") as file:
+            file.write("half")
+            raise RuntimeError
+        assert path.read_text() == "before"
 
 
 def test_bytes_and_the_longest_names_are_written(tmp_path: Path) -> None:
