@@ -201,7 +201,7 @@ class ModelOutput:
     last; none for a filler row. A second pass over the same batch repeats them."""
     views: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks
-    whose positives are two views of one post. Only in training."""
+    whose posts the contrastive loss has two views of. Only in training."""
     image_text: ImageText | None = None
     """Both sides of the posts with images; None where the run reads none."""
     sharing: Sharing | None = None

@@ -92,7 +92,7 @@ def call(loss: ContrastiveLoss, rows: dict[str, Tensor]):
     return share, terms, leaves
 
 
-def reference(tasks, rows, *, scales=None, temperature=0.1, past=None):
+def reference(tasks, rows, *, scales=None, temperature=0.1, past=None, views=1, across=False):
     """(value, value per task, leaves): the formula of methods.md section 2 with full matrices.
 
     Args:
@@ -102,40 +102,36 @@ def reference(tasks, rows, *, scales=None, temperature=0.1, past=None):
             ``temperature``.
         temperature: of tasks without an own one.
         past: task -> (rows, label tensor, posts) in the queue.
+        views: 2 gives every post of every task its second view.
+        across: rows of other tasks are negatives too.
     """
     leaves = {
         name: v.double().clone().requires_grad_()
         for name, v in rows.items()
         if name.startswith(("z/", "view/"))
     }
+    compared = {task.name: compared_rows(task, rows, leaves, views=views) for task in tasks}
     total, each = torch.zeros((), dtype=torch.float64), {}
     for index, task in enumerate(tasks):
-        target = rows[f"label/{task.name}"]
-        present = ~target.isnan() if target.is_floating_point() else target != IGNORED
-        present = present.flatten(1).any(1) if target.ndim > 1 else present
-        z, target, posts = (
-            leaves[f"z/{task.name}"][present],
-            target[present],
-            rows["posts"][present],
-        )
-        if task.kind in ("tags", "unlabelled"):
-            z, target, posts = (
-                torch.cat([z, leaves[f"view/{task.name}"][present]]),
-                posts.repeat(2),
-                posts.repeat(2),
-            )
+        z, target, posts = compared[task.name]
         others, targets, all_posts = z, target, posts
         if past is not None:
             others, targets, all_posts = (
                 torch.cat(pair) for pair in zip((z, target, posts), past[task.name], strict=True)
             )
+        foreign, foreign_posts = [], []
+        for other in tasks if across else ():
+            for source in (compared, past or {}):
+                if other is not task and other.name in source:
+                    foreign.append(source[other.name][0])
+                    foreign_posts.append(source[other.name][2])
         scale = (
             1 / (task.contrastive_temperature or temperature) if scales is None else scales[index]
         )
         value = z.sum() * 0
         anchors = 0
+        current = len(z) if views == 2 or task.kind in ("tags", "unlabelled") else 0
         for i in range(len(z)):
-            current = len(z) if task.kind in ("tags", "unlabelled") else 0
             rivals = [
                 j
                 for j in range(len(others))
@@ -146,11 +142,28 @@ def reference(tasks, rows, *, scales=None, temperature=0.1, past=None):
             )
             if len(rivals) and w.sum() > 0:
                 s = scale * (others[rivals] @ z[i])
-                value = value + torch.logsumexp(s, 0) - (w * s).sum() / w.sum()
+                pushed = [s]
+                for rows_of, posts_of in zip(foreign, foreign_posts, strict=True):
+                    pushed.append(scale * (rows_of[posts_of != posts[i]] @ z[i]))
+                value = value + torch.logsumexp(torch.cat(pushed), 0) - (w * s).sum() / w.sum()
                 anchors += 1
         each[task.name] = value / max(anchors, 1)
         total = total + task.contrastive_weight * each[task.name]
     return total, each, leaves
+
+
+def compared_rows(task, rows, leaves, *, views):
+    """(rows, label of each, post of each) of one task, second views last."""
+    target = rows[f"label/{task.name}"]
+    present = ~target.isnan() if target.is_floating_point() else target != IGNORED
+    present = present.flatten(1).any(1) if target.ndim > 1 else present
+    z, target, posts = leaves[f"z/{task.name}"][present], target[present], rows["posts"][present]
+    if views == 1 and task.kind not in ("tags", "unlabelled"):
+        return z, target, posts
+    # Without labels to compare a post is like itself alone.
+    target = posts if task.kind in ("tags", "unlabelled") else target
+    view = leaves[f"view/{task.name}"][present]
+    return torch.cat([z, view]), torch.cat([target, target]), posts.repeat(2)
 
 
 def alike(task: Task, a: Tensor, b: Tensor) -> float:

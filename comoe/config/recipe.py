@@ -220,6 +220,14 @@ class ContrastiveConfig:
     """Let each task's temperature be learned from there, never below 0.01."""
     over: Literal["global", "local"] = "global"
     """global compares the posts of all ranks, local only those of one rank (the ablation)."""
+    views: Annotated[Whole, Ge(1), Le(2)] = 1
+    """2 passes every labeled post once more, under other dropout: this second view is a further
+    positive and an anchor, so a post alone with its label has a positive too (as in TaCL-CoMoE's
+    code, after SimCSE, arXiv:2104.08821). A second forward pass of these posts; kinds without labels
+    to compare have it in any case."""
+    negatives: Literal["task", "all"] = "task"
+    """Which posts an anchor is pushed from: those of its own task, or those of all tasks, but for
+    its own post, so that the tasks part in the common space."""
     queue_size: Annotated[Whole, Ge(0), at_most(10_000_000)] = 0
     """Past embeddings per task that anchors are compared with too (XBM), for rare labels; 0 is
     none."""
@@ -377,6 +385,10 @@ class RunConfig:
     """Write histograms of the gate's scores to TensorBoard at each evaluation."""
     plots: Flag = True
     """Draw the figures in ``plots/`` and TensorBoard; numbers are written in any case."""
+    embedding_plot: Literal["pca", "tsne"] = "pca"
+    """How the map of all tasks' embeddings is laid out that is drawn at the end of a run
+    (``plots/embedding_map_validation.png``): on their two principal axes, or by t-SNE, which keeps
+    neighbors together and takes up to half a minute for 2,000 posts."""
     trackers: Annotated[
         list[
             Literal[
@@ -569,7 +581,10 @@ class TaskConfig:
     become a further split, ``unseen``, scored at the end; tasks of one data set say the same."""
     slices: Names = field(default_factory=list)
     """Columns; the main metrics are also given for the posts of each of their values
-    (``accuracy@implicit=true``)."""
+    (``accuracy@implicit=true``), with the gap between the best and the worst value
+    (``gap/accuracy@implicit``). ``confidence<0.7`` cuts a column of numbers in two, the posts below
+    and the others (``accuracy@confidence<0.7=true``): so ambiguous posts, of which annotators were
+    less sure, have scores of their own."""
     prompt: Annotated[Text, PROMPT] | None = None
     """What a model with a decoder reads of a post for a task of kind text or label_words: {text}
     and {pair} stand for the cleaned post and its second text. A post too long for

@@ -14,9 +14,11 @@ from comoe.config.errors import nearest, unknown_name
 from comoe.config.recipe import AdversarialConfig, Recipe
 from comoe.data.datasets import Group
 from comoe.data.posts import UNSEEN, PostSplit
+from comoe.data.reading.files import RawSplit
 from comoe.data.reading.rows import cell_text
 from comoe.data.report import DataReport
-from comoe.tasks.labels import natural_order
+from comoe.tasks.labels import is_missing, natural_order
+from comoe.tasks.slices import number_of, slice_columns, slice_of
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, Task
 from comoe.types import IGNORED
 
@@ -31,7 +33,11 @@ LEARNED_FROM = ("train", "validation")
 
 def extra_columns(recipe: Recipe) -> tuple[str, ...]:
     """Columns that posts keep as text: of ``hold_out`` and ``slices``, and what ``loss.adversarial`` predicts."""
-    found = [column for task in recipe.tasks.values() for column in (*task.hold_out, *task.slices)]
+    found = [
+        column
+        for task in recipe.tasks.values()
+        for column in (*task.hold_out, *slice_columns(task.slices))
+    ]
     adversarial = recipe.loss.adversarial
     if adversarial.weight and adversarial.predict != "task":
         found.append(adversarial.predict)
@@ -55,15 +61,10 @@ def check_extra_columns(groups: Sequence[Group], recipe: Recipe) -> None:
                     if split in group.raw:
                         _check_column(f"tasks.{name}.hold_out", column, group.raw[split].columns)
                 _check_values(group, f"tasks.{name}.hold_out.{column}", column, values)
-            for column in task.slices:
-                _check_column(f"tasks.{name}.slices", column, _all_columns([group]))
+            for entry in task.slices:
+                _check_column(f"tasks.{name}.slices", slice_of(entry).column, _all_columns([group]))
                 for raw in group.raw.values():
-                    count = len({cell_text(row.get(column)) for row in raw.rows})
-                    if count > MAX_SLICES:
-                        raise ValueError(
-                            f"tasks.{name}.slices: column {column} has {count:,} values in {raw.file}; scores are "
-                            f"sliced by a column with at most {MAX_SLICES}."
-                        )
+                    check_slices(f"tasks.{name}.slices", entry, raw)
     adversarial = recipe.loss.adversarial
     if adversarial.weight and adversarial.predict != "task":
         _check_column(
@@ -112,6 +113,35 @@ def part_off(
 def _check_column(key: str, column: str, columns: Iterable[str]) -> None:
     if column not in columns:
         raise unknown_name(key, column, columns)
+
+
+def check_slices(key: str, entry: str, raw: RawSplit) -> None:
+    """Scores can be sliced so: the column has few values, or numbers where there is a bound.
+
+    Args:
+        key: option, for the message.
+        entry: of ``tasks.<name>.slices``.
+        raw: a file; a column that it lacks has no values.
+
+    Raises:
+        ValueError: option, column, file.
+    """
+    column, bound = slice_of(entry)
+    if bound is None:
+        count = len({cell_text(row.get(column)) for row in raw.rows})
+        if count > MAX_SLICES:
+            raise ValueError(
+                f"{key}: column {column} has {count:,} values in {raw.file}; scores are sliced by a column with "
+                f"at most {MAX_SLICES}, or by a bound of its numbers ({column}<0.5)."
+            )
+        return
+    for line, row in zip(raw.lines, raw.rows, strict=True):
+        cell = row.get(column)
+        if not is_missing(cell) and np.isnan(number_of(cell_text(cell))):
+            raise ValueError(
+                f"{key}: {entry} compares numbers, but {column} is {cell!r} in {raw.file}:{line}; give a number, "
+                "or leave the cell empty."
+            )
 
 
 def _check_values(group: Group, key: str, column: str, values: Sequence[str]) -> None:

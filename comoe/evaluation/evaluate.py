@@ -13,21 +13,26 @@ from comoe.config.errors import unknown_name
 from comoe.evaluation.embedding_stats import EmbeddingSummary
 from comoe.evaluation.routing_stats import RoutingSummary
 from comoe.tasks.kinds.base import Detokenize, PostOutput
-from comoe.tasks.labels import natural_order
 from comoe.tasks.metrics import LOWER_IS_BETTER
+from comoe.tasks.slices import slice_values
 from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput
 
 SLICED_METRICS = ("accuracy", "macro_f1")
 """Metrics that a slice has beside the task's main one, where its kind has them."""
 
+LEAST_POSTS = 20
+"""Labeled posts that a value of a column needs to count in a gap: of fewer any value is chance."""
+
 
 def slice_scores(
     gold: Any, scores: Any, task: Task, columns: Mapping[str, Sequence[str | None]]
 ) -> dict[str, float]:
-    """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` of every slice of the task.
+    """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` of every slice of the task, and
+    ``gap/<metric>@<column>``, the largest minus the smallest value of ``LEAST_POSTS`` posts or more.
 
-    A post whose cell is empty is in no slice.
+    Under a bound the column is ``<column><<bound>`` and its values are true and false. A post whose
+    cell is empty is in no slice.
 
     Args:
         gold: of ``Kind.gold_and_scores``: an array or a list, one entry per labeled post.
@@ -37,16 +42,22 @@ def slice_scores(
             slices.
     """
     found: dict[str, float] = {}
-    for column in task.slices:
-        cells = columns.get(column, ())
-        for value in natural_order(cell for cell in cells if cell is not None):
+    for entry in task.slices:
+        cells, different = slice_values(entry, columns)
+        large: dict[str, list[float]] = {}
+        for value in different:
             rows = np.flatnonzero([cell == value for cell in cells])
             values = task.rules.score(take_rows(gold, rows), take_rows(scores, rows), task)
             names = dict.fromkeys(
                 (task.metric, *(name for name in SLICED_METRICS if name in values))
             )
-            found |= {f"{name}@{column}={value}": values[name] for name in names}
-            found[f"n@{column}={value}"] = float(len(rows))
+            found |= {f"{name}@{entry}={value}": values[name] for name in names}
+            found[f"n@{entry}={value}"] = float(len(rows))
+            for name in names if len(rows) >= LEAST_POSTS else ():
+                large.setdefault(name, []).append(values[name])
+        for name, values_G in large.items():
+            if len(values_G) > 1:
+                found[f"gap/{name}@{entry}"] = max(values_G) - min(values_G)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from comoe.data.posts import UNSEEN
 from comoe.data.text.noise import SEPARATOR
+from comoe.evaluation.gaps import Gaps
 from comoe.tasks.task import Task
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -42,6 +43,29 @@ def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
     return (
         ["", *in_columns(("task", "slice", "metric", *splits, "n"), rows, left=3)] if rows else []
     )
+
+
+def gap_lines(gaps: Mapping[str, Mapping[str, Gaps]], tasks: Sequence[Task]) -> list[str]:
+    """How far the values of a column lie apart, on the last split that has gaps; no lines without any.
+
+    Args:
+        gaps: split -> task -> its gaps.
+        tasks: in the order of the lines.
+    """
+    rows = []
+    for split, of_split in list(gaps.items())[-1:]:
+        for task in tasks:
+            for entry, measured in of_split.get(task.name, {}).items():
+                for metric, gap in measured.items():
+                    ends = " to ".join(decimal(gap[end]) for end in ("low", "high"))
+                    sides = (
+                        f"{gap[end]} {decimal(gap['groups'][gap[end]]['value'])}"
+                        for end in ("largest", "smallest")
+                    )
+                    shown = (decimal(gap["gap"]), ends, decimal(gap["by_chance"]))
+                    rows.append((marked(task), split, entry, metric, *sides, *shown))
+    head = ("task", "split", "slice", "metric", "largest", "smallest", "gap", "95 %", "by chance")
+    return ["", *in_columns(head, rows, left=6)] if rows else []
 
 
 def noise_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:

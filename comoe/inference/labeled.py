@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from comoe.config.recipe import TaskConfig
+from comoe.data.columns import check_slices
 from comoe.data.images.check import ImageReader
 from comoe.data.posts import PostSplit
 from comoe.data.reading.files import RawSplit
@@ -23,13 +24,21 @@ from comoe.data.report import DataReport
 from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import split_words
 from comoe.tasks.prompts import wants_pair
+from comoe.tasks.slices import slice_columns, slice_of
 from comoe.tasks.task import Task
 
 
 def read_labeled(
-    choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport
+    choice: DataChoice,
+    tasks: Sequence[Task],
+    *,
+    predictor: Predictor,
+    report: DataReport,
+    needed: Sequence[str] = (),
 ) -> tuple[PostSplit, dict[str, int]]:
     """The posts, and per task how many labels do not fit their words.
+
+    Slices of a column that is not there are left out, but for the ``needed`` ones.
 
     Raises:
         ValueError: as of ``comoe.score``.
@@ -51,7 +60,10 @@ def read_labeled(
         kinds=kinds,
     )
     configs = _columns(choice, tasks, raw=raw, predictor=predictor)
-    slices = dict.fromkeys(column for task in tasks for column in task.slices)
+    for entry in needed:
+        check_columns(raw, {"--by": slice_of(entry).column})
+        check_slices("--by", entry, raw)
+    slices = slice_columns([entry for task in tasks for entry in task.slices])
     slices = [column for column in slices if column in raw.columns]
     reader = RowReader(
         configs,

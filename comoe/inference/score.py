@@ -9,12 +9,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from comoe.data.posts import PostSplit
 from comoe.data.reading.inputs import DataChoice
 from comoe.data.report import BadRow, DataReport
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.evaluation.calibration import ece_of
 from comoe.evaluation.evaluate import Evaluation, evaluate, reporting
+from comoe.evaluation.gaps import Gaps, gaps_of
+from comoe.evaluation.tables import gap_lines
 from comoe.inference.labeled import read_labeled
 from comoe.inference.predictor import Predictor
 from comoe.tasks.task import Task
@@ -36,6 +39,10 @@ class Scores:
     """Rows scored by their text alone, because their image is bad."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """Task -> posts without its label, because it does not fit their words (``skip_bad``)."""
+    gaps: Mapping[str, Gaps] = field(default_factory=dict)
+    """Task -> gaps between the values of its slices."""
+    read: PostSplit | None = None
+    """The posts."""
 
 
 def score(
@@ -43,6 +50,7 @@ def score(
     data: str | Path | DataChoice,
     *,
     tasks: Sequence[str] | None = None,
+    by: Sequence[str] = (),
     batch_size: int = 64,
     progress: bool = False,
     **options: Any,
@@ -53,6 +61,7 @@ def score(
         predictor: the model.
         data: file, folder or hub name.
         tasks: names of the tasks to score; None is all of the model's.
+        by: further slices, as of ``tasks.<name>.slices``.
         batch_size: posts per forward pass.
         progress: show a progress bar.
         options: further fields of ``DataChoice``: format, split, columns, limit, skip_bad.
@@ -69,21 +78,24 @@ def score(
     """
     choice = data if isinstance(data, DataChoice) else DataChoice(str(data))
     choice = replace(choice, **options)
-    chosen = tuple(predictor.choose_tasks(tasks))
+    chosen = tuple(
+        replace(task, slices=tuple(dict.fromkeys((*task.slices, *by))))
+        for task in predictor.choose_tasks(tasks)
+    )
     report = DataReport()
-    posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report)
+    posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report, needed=by)
     exported = predictor.exported
     split = tokenize_split(
         posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
     )
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
-        evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
+        passes = {"batch_size": batch_size, "progress": bar.update}
+        evaluation = score_split(predictor, split, sliced=chosen, **passes)
     for name, error in ece_of(evaluation.outputs, chosen).items():
         evaluation.metrics[name]["ece"] = error
     if not evaluation.metrics:
-        raise ValueError(
-            f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}."
-        )
+        names = ", ".join(task.name for task in chosen)
+        raise ValueError(f"{choice.path}: no post has a label of {names}.")
     return Scores(
         evaluation,
         chosen,
@@ -91,6 +103,8 @@ def score(
         tuple(report.set_aside),
         tuple(report.without_image),
         unfit,
+        gaps_of(evaluation.outputs, chosen, split.posts.columns),
+        split.posts,
     )
 
 
@@ -100,6 +114,7 @@ def score_split(
     *,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    sliced: Sequence[Task] = (),
 ) -> Evaluation:
     """Score the model, as it is now, on tokenized posts.
 
@@ -108,13 +123,15 @@ def score_split(
         split: posts with labels.
         batch_size: posts per forward pass.
         progress: called after each batch with its number of posts.
+        sliced: tasks that have other slices than the model's.
     """
+    changed = {task.name: task for task in sliced}
     batches = eval_batches(split.lengths, batch_size=batch_size)
     return evaluate(
         lambda batch: predictor.exported.model(batch.to(predictor.device)),
         split,
         collator=predictor.collator,
-        tasks=predictor.exported.tasks,
+        tasks=[changed.get(task.name, task) for task in predictor.exported.tasks],
         batches=batches if progress is None else reporting(batches, progress),
         gather=lambda outputs: [outputs],
         columns=split.posts.columns,
@@ -152,4 +169,5 @@ def format_scores(scores: Scores) -> str:
             f"{task.name}: {main}",
             *(f"  {'  '.join(rest[i : i + 4])}" for i in range(0, len(rest), 4)),
         ]
+    lines += gap_lines({"scored": scores.gaps}, scores.tasks)
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from comoe.config.recipe import DistillConfig, LossConfig, MoeConfig
 from comoe.distributed import sum_over_ranks, world_size
 from comoe.losses.adversarial import AdversarialLoss, count_domains
 from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, replayed
-from comoe.losses.contrastive.loss import ContrastiveLoss
+from comoe.losses.contrastive.loss import ContrastiveLoss, has_views
 from comoe.losses.distillation import SoftLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.orthogonal import OrthogonalLoss
@@ -200,7 +200,7 @@ class Objective(nn.Module):
         self.viewed = [
             task.name
             for task in self.tasks
-            if self._contrast is not None and task.contrastive and task.views
+            if self._contrast is not None and task.contrastive and has_views(task, loss.contrastive)
         ]
 
     def weights_at(self, step: int) -> dict[str, float]:

@@ -22,7 +22,13 @@ from comoe.train.evaluator import evaluate_noisy, evaluate_split, measure_expert
 from comoe.train.monitor.log_window import log_lost_images
 from comoe.train.monitor.metrics_file import write_results
 from comoe.train.monitor.monitor import Monitor
-from comoe.train.results import print_results, results_of, write_predictions, written_out
+from comoe.train.results import (
+    gaps_by_split,
+    print_results,
+    results_of,
+    write_predictions,
+    written_out,
+)
 from comoe.train.training_run import TrainingRun
 
 
@@ -87,6 +93,7 @@ def finalize(run: TrainingRun) -> None:
             "peak_memory_bytes_per_rank": peak,
             "predicted_posts_per_second": predicted / seconds if seconds else None,
             "calibration": calibrator.report(),
+            **gaps_by_split(run, evaluations, calibrator.tasks),
             **experts,
         }
         # The export comes last and tells that all is written; not one that an earlier end of the

@@ -76,13 +76,19 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
         why = "there is one task with labels, and nothing to weigh it by"
         yield _in_vain("loss.weighting", recipe.loss.weighting, why)
     contrastive, usual = recipe.loss.contrastive, _USUAL.loss.contrastive
-    if contrastive.first_steps and recipe.data.posts_per_label < 2:
+    if contrastive.first_steps and recipe.data.posts_per_label < 2 and contrastive.views < 2:
         why = "2 gives every label of a batch a pair, and a post without one has no loss"
         yield f"data.posts_per_label is {recipe.data.posts_per_label} with loss.contrastive.first_steps; {why}."
     if contrastive.weight or contrastive.first_steps:
+        if contrastive.views == 2 and recipe.model.dropout == 0 and not drawn:
+            why = "model.dropout is 0, so both views are alike"
+            yield _in_vain("loss.contrastive.views", contrastive.views, why)
+        if contrastive.negatives == "all" and len(recipe.tasks) < 2:
+            why = "there is one task"
+            yield _in_vain("loss.contrastive.negatives", contrastive.negatives, why)
         return
     why = "loss.contrastive.weight is 0"
-    for key in ("learn_temperature", "queue_size"):
+    for key in ("learn_temperature", "queue_size", "views", "negatives"):
         if (value := getattr(contrastive, key)) != getattr(usual, key):
             yield _in_vain(f"loss.contrastive.{key}", value, why)
     if contrastive.chunk_size is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from comoe.data.reading.inputs import pair_in_training
 from comoe.distributed import broadcast_object, is_main, world_size
 from comoe.evaluation.evaluate import TEACHER_KL, Evaluation
 from comoe.evaluation.experts_off import experts_lines
+from comoe.evaluation.gaps import gaps_of
 from comoe.evaluation.tables import (
     calibration_lines,
     format_results_table,
+    gap_lines,
     noise_lines,
     slice_lines,
 )
@@ -75,6 +78,26 @@ def results_of(
     }
 
 
+def gaps_by_split(
+    run: TrainingRun, evaluations: Mapping[str, Evaluation], tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """``gaps`` of ``results.json``: split -> task -> of ``gaps_of``; nothing without slices.
+
+    Args:
+        run: at its end.
+        evaluations: split -> evaluation, of the run's own splits.
+        tasks: with fitted thresholds, which count beyond the validation posts that chose them.
+    """
+    found = {}
+    for split, evaluation in evaluations.items():
+        chosen = [
+            replace(task, thresholds=None) if split == "validation" else task for task in tasks
+        ]
+        if gaps := gaps_of(evaluation.outputs, chosen, run.splits[split].posts.columns):
+            found[split] = gaps
+    return {"gaps": found} if found else {}
+
+
 def write_predictions(
     folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]
 ) -> None:
@@ -110,6 +133,7 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
             [
                 format_results_table(metrics, tasks),
                 *slice_lines(metrics, tasks),
+                *gap_lines(results.get("gaps", {}), tasks),
                 *noise_lines(metrics, tasks),
             ]
         )

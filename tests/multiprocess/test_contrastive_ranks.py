@@ -15,9 +15,15 @@ from tests.helpers_ranks import run_ranks
 pytestmark = pytest.mark.multiprocess
 
 ROWS = 13
-CASES = {
+CASES: dict[str, dict] = {
     "all": {},
     "learned, with a queue": {"learn_temperature": True, "queue_size": 30, "queue_warmup": 1},
+    "views and all negatives": {
+        "views": 2,
+        "negatives": "all",
+        "learn_temperature": True,
+        "queue_size": 30,
+    },
     "float32": {"learn_temperature": True, "queue_size": 30, "queue_warmup": 1},
     "at the floor": {"learn_temperature": True, "temperature": 0.01},
     "above the floor": {"learn_temperature": True, "temperature": 0.01 * math.exp(1e-6)},

@@ -7,8 +7,9 @@ candidates of w_ij:
     L       = 1/A sum_i a_i (log E_i - sum_j w_ij s_ij / S_i)
     dL/dz_i = scale/A sum_j (exp(s_ij) (a_i/E_i + a_j/E_j) - w_ij (a_i/S_i + a_j/S_j)) z_j
 
-Past rows of the queue are candidates and positives, and never anchors: a_j = 0 there. Derivation:
-methods.md section 2.
+Past rows of the queue are candidates and positives, and never anchors: a_j = 0 there. Rows of other
+tasks may be candidates too, never positives (w_ij = 0); what their own anchors do to a row is
+``Repulsion``. Derivation: methods.md section 2.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ made again."""
 
 @dataclass(frozen=True, slots=True)
 class TaskRows:
-    """The rows of one task as this rank's anchors see them; C columns are the rows of all ranks, then past ones."""
+    """The rows of one task as this rank's anchors see them.
+
+    C columns are its K rows, those of all ranks and then past ones, and behind them rows of other
+    tasks, which are candidates alone.
+    """
 
     columns_CP: Tensor
     """Unit-length rows, float32 or float64, without gradient."""
@@ -56,18 +61,18 @@ class TaskRows:
     """Column of this rank's first row."""
     num_own: int
     """Rows of this rank N."""
-    groups_C: Tensor
-    """Column -> index of its key among the different ones, int64."""
+    groups_K: Tensor
+    """Column of the task itself -> index of its key among the different ones, int64."""
     keys_UK: Tensor
     """The different keys."""
     affinity: Callable[[Tensor, Tensor], Tensor] | None
     """Keys (N, K) and (U, K) -> w (N, U), symmetric, in [0, 1]; None: 1 for equal keys, else 0."""
     hidden_rows_X: Tensor
     """Own row of each (own row, other column) pair of one post: neither a candidate nor a positive.
-    A pair of rows of this step is hidden from both. Both have the same key: a post does not change
-    its label."""
+    A pair of rows of this step is hidden from both. Within the task both have the same key: a post
+    does not change its label."""
     hidden_columns_X: Tensor
-    """Column of each such pair, of this step or past."""
+    """Column of each such pair, of this step or past, of the task or of another."""
 
     @property
     def own_NP(self) -> Tensor:
@@ -77,7 +82,7 @@ class TaskRows:
     @property
     def own_groups_N(self) -> Tensor:
         """Groups of this rank's rows."""
-        return self.groups_C[self.start : self.start + self.num_own]
+        return self.groups_K[self.start : self.start + self.num_own]
 
 
 class AnchorSums:
@@ -170,22 +175,25 @@ class AnchorSums:
         row's own key is taken apart: there the row itself is left out by subtraction, which is
         exact where it stands alone.
         """
-        rows = self.rows
-        scaled_CQ = torch.cat([columns_CP * factors_C[:, None], factors_C[:, None]], dim=1)
-        sums_UQ = _grouped_sums(scaled_CQ, rows.groups_C, groups=len(rows.keys_UK))
-        own_NQ = sums_UQ[rows.own_groups_N] - scaled_CQ[rows.start : rows.start + rows.num_own]
-        if len(rows.hidden_rows_X):
-            hidden_XQ = scaled_CQ[rows.hidden_columns_X]
-            own_NQ -= _grouped_sums(hidden_XQ, rows.hidden_rows_X, groups=rows.num_own)
+        rows, K = self.rows, len(self.rows.groups_K)
+        factors_K1 = factors_C[:K, None]
+        scaled_KQ = torch.cat([columns_CP[:K] * factors_K1, factors_K1], dim=1)
+        sums_UQ = _grouped_sums(scaled_KQ, rows.groups_K, groups=len(rows.keys_UK))
+        own_NQ = sums_UQ[rows.own_groups_N] - scaled_KQ[rows.start : rows.start + rows.num_own]
+        within_X = rows.hidden_columns_X < K
+        hidden_rows_X = rows.hidden_rows_X[within_X]
+        if len(hidden_rows_X):
+            hidden_XQ = scaled_KQ[rows.hidden_columns_X[within_X]]
+            own_NQ -= _grouped_sums(hidden_XQ, hidden_rows_X, groups=rows.num_own)
             # Where the key has no other post, what subtraction left would outweigh an affinity of
             # e^-40 to the rest.
-            ones_C1, ones_X1 = (
-                torch.ones_like(at[:, None]) for at in (rows.groups_C, rows.hidden_rows_X)
+            ones_K1, ones_X1 = (
+                torch.ones_like(at[:, None]) for at in (rows.groups_K, hidden_rows_X)
             )
-            alike_N1 = _grouped_sums(ones_C1, rows.groups_C, groups=len(rows.keys_UK))[
+            alike_N1 = _grouped_sums(ones_K1, rows.groups_K, groups=len(rows.keys_UK))[
                 rows.own_groups_N
             ]
-            hidden_N1 = _grouped_sums(ones_X1, rows.hidden_rows_X, groups=rows.num_own)
+            hidden_N1 = _grouped_sums(ones_X1, hidden_rows_X, groups=rows.num_own)
             own_NQ = torch.where(alike_N1 - hidden_N1 > 1, own_NQ, 0.0)
         if rows.affinity is not None:
             others_NQ = torch.zeros_like(own_NQ)
@@ -219,12 +227,8 @@ class AnchorSums:
         offset = self.rows.start + part.start - columns.start
         if -tile.shape[0] < offset < tile.shape[1]:
             tile.diagonal(offset).zero_()
-        rows_X, columns_X = self.rows.hidden_rows_X, self.rows.hidden_columns_X
-        if len(rows_X):
-            here = (rows_X >= part.start) & (rows_X < part.stop)
-            here &= (columns_X >= columns.start) & (columns_X < columns.stop)
-            tile[rows_X[here] - part.start, columns_X[here] - columns.start] = 0
-        return tile
+        hidden = self.rows.hidden_rows_X, self.rows.hidden_columns_X
+        return _without(hidden, tile, part, columns)
 
     def _affinities(self, part: slice, groups: slice) -> Tensor:
         """w between own rows and other keys, 0 for the own key; its w is set aside: 1, or 0 where nothing is alike."""
@@ -278,6 +282,52 @@ class ClosedForm(torch.autograd.Function):
         return own, factor * sums.slopes().sum() / sums.scale, None, None, None
 
 
+@dataclass(frozen=True, slots=True)
+class OtherAnchors:
+    """O anchors of other tasks, of all ranks, which have this rank's rows of one task as negatives."""
+
+    rows_OP: Tensor
+    """Unit-length rows, without gradient."""
+    scales_O: Tensor
+    """Inverse temperature of each one's task, float64."""
+    factors_O: Tensor
+    """Of each its task's factor in the total times a_j/E_j, float64; 0 for a row that is no anchor."""
+    hidden_rows_X: Tensor
+    """Own row of each (own row, anchor) pair of one post."""
+    hidden_columns_X: Tensor
+    """Anchor of each such pair."""
+
+    def gradient(self, own_NP: Tensor) -> Tensor:
+        """Sum over j of factor_j scale_j exp(scale_j z_i z_j) z_j, (N, P)."""
+        rows_OP, gradient_NP = self.rows_OP, torch.zeros_like(own_NP)
+        factors_O = self.factors_O * self.scales_O
+        # In float64 throughout: at a scale of 100 exp(s) leaves the range of float32.
+        size = torch.float64.itemsize
+        for part, columns in _cuts(len(own_NP), len(rows_OP), size, own_NP.device.type):
+            tile = (own_NP[part] @ rows_OP[columns].T).double().mul_(self.scales_O[columns]).exp_()
+            hidden = self.hidden_rows_X, self.hidden_columns_X
+            weights = _without(hidden, tile, part, columns).mul_(factors_O[columns])
+            gradient_NP[part].addmm_(weights.to(own_NP.dtype), rows_OP[columns])
+        return gradient_NP
+
+
+class Repulsion(torch.autograd.Function):
+    """0, with the gradient that the anchors of other tasks give to this rank's rows of one task."""
+
+    @staticmethod
+    def forward(ctx: Any, own_NP: Tensor, others: OtherAnchors) -> Tensor:
+        """Scalar; ``others`` see the values of ``own_NP``."""
+        ctx.save_for_backward(own_NP)
+        ctx.others = others
+        return own_NP.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """No collective, as in ``ClosedForm``."""
+        (own_NP,) = ctx.saved_tensors
+        return gradient * ctx.others.gradient(own_NP), None
+
+
 def hidden_pairs(own_N: Tensor, others_Q: Tensor) -> tuple[Tensor, Tensor]:
     """Every (own row, other row) of the same post: two lists of indices, int64, ordered by own row."""
     order_Q = others_Q.argsort(stable=True)
@@ -287,6 +337,16 @@ def hidden_pairs(own_N: Tensor, others_Q: Tensor) -> tuple[Tensor, Tensor]:
     rows_X = torch.arange(len(own_N), device=own_N.device).repeat_interleave(counts_N)
     nth_X = torch.arange(len(rows_X), device=own_N.device) - (counts_N.cumsum(0) - counts_N)[rows_X]
     return rows_X, order_Q[first_N[rows_X] + nth_X]
+
+
+def _without(pairs: tuple[Tensor, Tensor], tile: Tensor, part: slice, columns: slice) -> Tensor:
+    """The tile of these rows and columns, in place, with 0 at the pairs (rows, columns) in it."""
+    rows_X, columns_X = pairs
+    if len(rows_X):
+        here = (rows_X >= part.start) & (rows_X < part.stop)
+        here &= (columns_X >= columns.start) & (columns_X < columns.stop)
+        tile[rows_X[here] - part.start, columns_X[here] - columns.start] = 0
+    return tile
 
 
 def _grouped_sums(values_NQ: Tensor, groups_N: Tensor, *, groups: int) -> Tensor:

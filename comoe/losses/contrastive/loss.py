@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,56 +18,15 @@ from comoe.losses.contrastive.closed_form import (
     MIN_TEMPERATURE,
     AnchorSums,
     ClosedForm,
+    OtherAnchors,
+    Repulsion,
     TaskRows,
     hidden_pairs,
 )
 from comoe.losses.contrastive.queue import Queue
+from comoe.losses.contrastive.scales import Scales
 from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput
-
-
-class Scales(nn.Module):
-    """The tasks' inverse temperatures, fixed or learned; a module of its own, because ZeRO-3 has a
-    parameter there only while its module runs.
-
-    Args:
-        temperatures: of the tasks, where learned at the start.
-        learned: make their logarithms a parameter.
-    """
-
-    def __init__(self, temperatures: Sequence[float], *, learned: bool) -> None:
-        super().__init__()
-        self.fixed = tuple(1 / temperature for temperature in temperatures)
-        self.log_scales_T = nn.Parameter(torch.tensor(self.fixed).log()) if learned else None
-
-    def forward(self) -> Tensor:
-        """(T,), at most 100, computed in float32 or wider. A model stored in bf16 rounds the
-        parameter itself, so its temperatures go in steps of 2 or 3 %; the optimizer's own copy does
-        not.
-
-        The gradient is as if nothing had been cut: ``ContrastiveLoss`` stops it where it would lead
-        further.
-        """
-        if self.log_scales_T is None:
-            return torch.tensor(self.fixed, dtype=torch.float64)
-        wide = torch.promote_types(self.log_scales_T.dtype, torch.float32)
-        return _Powers.apply(self.log_scales_T.to(wide), 1 / MIN_TEMPERATURE)
-
-
-class _Powers(torch.autograd.Function):
-    """e to the given powers, no more than a ceiling; the gradient goes on as that of e to the power would."""
-
-    @staticmethod
-    def forward(ctx: Any, powers: Tensor, ceiling: float) -> Tensor:
-        values = powers.exp().clamp_max(ceiling)
-        ctx.save_for_backward(values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (values,) = ctx.saved_tensors
-        return gradient * values, None
-
 
 HALF_ID = 20
 """Bits of a post's number per float32 column: whole numbers to 2^24 are exact there, and numbers to
@@ -96,6 +55,11 @@ class _Rows:
     posts_N: Tensor
 
 
+def has_views(task: Task, config: ContrastiveConfig) -> bool:
+    """Whether the loss wants a second dropout view of the posts that have a label of the task."""
+    return task.views or config.views == 2
+
+
 class ContrastiveLoss(nn.Module):
     """Weighted sum over tasks of their contrastive losses; the mean over ranks of its gradient is the global one.
 
@@ -103,7 +67,8 @@ class ContrastiveLoss(nn.Module):
     temperature; a task's loss is the mean over its anchors with a positive, on all ranks. What a
     positive is, and what it weighs, is the affinity of the task's kind. Candidates are all other
     rows of the task, of all ranks and of the queue, but for copies of the anchor's own post; where
-    there are views, these are its positives.
+    there are views, these are positives. Under ``negatives: all`` the rows of all other tasks are
+    candidates too, never positives, again but for those of the anchor's own post.
 
     A learned temperature at its floor falls no further: where the sum over ranks of its gradient
     would lead there, it is 0 on all of them. Under ``over: local`` each rank decides by its own.
@@ -140,6 +105,8 @@ class ContrastiveLoss(nn.Module):
         self.gather: Gather = alone if local else gather
         self.factor = 1 if local else ranks or world_size()
         self.queue_warmup = config.queue_warmup
+        self.across = config.negatives == "all"
+        self.viewed = {task.name for task in self.tasks if has_views(task, config)}
         given = [task.contrastive_temperature or config.temperature for task in self.tasks]
         assert min(given) >= MIN_TEMPERATURE
         self.learned = config.learn_temperature
@@ -185,7 +152,8 @@ class ContrastiveLoss(nn.Module):
             {"start": sum(counts[i] for counts in counts_WT[:rank]), "num_own": counts_WT[rank][i]}
             for i in range(len(own))
         ]
-        all_sums = self._anchor_sums(everyone, spans, scales_T.tolist())
+        scales = scales_T.tolist()
+        all_sums = self._anchor_sums(everyone, spans, scales)
         # The second gather: what the gradient of this rank's rows takes from the anchors of the
         # others.
         numbers = [sums.reciprocals() for sums in all_sums]
@@ -195,15 +163,28 @@ class ContrastiveLoss(nn.Module):
                 for reciprocals_N2, sums in zip(numbers, all_sums, strict=True)
             ]
         numbers_GX, _ = self.gather(torch.cat(numbers), sizes=sizes)
+        of_all = [_of_task(numbers_GX, counts_WT, index) for index in range(len(own))]
+        total, terms = self._terms(own, all_sums, of_all, scales_T)
+        if self.across:
+            total = total + self._repulsions(own, everyone, of_all, scales)
+        return total, {"contrastive": total.detach(), **terms}
+
+    def _terms(
+        self,
+        own: Sequence[_Rows],
+        all_sums: Sequence[AnchorSums],
+        of_all: Sequence[Tensor],
+        scales_T: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the tasks' terms, and what is logged of each."""
         total, terms = 0.0, {}
         for index, (task, sums) in enumerate(zip(self.tasks, all_sums, strict=True)):
-            of_all_RX = _of_task(numbers_GX, counts_WT, index)
-            of_all_R2, scale = of_all_RX[:, :2], scales_T[index]
+            of_all_R2, scale = of_all[index][:, :2], scales_T[index]
             if self.learned:
                 # All ranks decide by the sum over all: the share of one may lead the other way.
-                stuck = (scale >= 1 / MIN_TEMPERATURE) & (of_all_RX[:, 2].sum() < 0)
+                stuck = (scale >= 1 / MIN_TEMPERATURE) & (of_all[index][:, 2].sum() < 0)
                 scale = torch.where(stuck, scale.detach(), scale)
-            anchors = (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
+            anchors = _anchors(of_all_R2)
             value = ClosedForm.apply(
                 own[index].rows_NP, scale, sums, of_all_R2, self.factor / anchors
             )
@@ -213,7 +194,38 @@ class ContrastiveLoss(nn.Module):
             terms[f"positives_per_anchor/{task.name}"] = (weights_R.sum() / anchors).to(value.dtype)
             if self.learned:
                 terms[f"temperature/{task.name}"] = 1 / scale.detach()
-        return total, {"contrastive": total.detach(), **terms}
+        return total, terms
+
+    def _repulsions(
+        self,
+        own: Sequence[_Rows],
+        everyone: Sequence[_Rows],
+        of_all: Sequence[Tensor],
+        scales: Sequence[float],
+    ) -> Tensor:
+        """0, with what the anchors of other tasks, of all ranks, do to this rank's rows of each."""
+        total, numbers = 0.0, range(len(self.tasks))
+        factors = [
+            task.contrastive_weight * self.factor / _anchors(of_all_R) * of_all_R[:, 0]
+            for task, of_all_R in zip(self.tasks, of_all, strict=True)
+        ]
+        for index in numbers:
+            others = [number for number in numbers if number != index]
+            if not others:
+                continue
+            posts_O = torch.cat([everyone[number].posts_N for number in others])
+            factors_O = torch.cat([factors[number] for number in others])
+            scales_O = torch.cat(
+                [torch.full_like(factors[number], scales[number]) for number in others]
+            )
+            anchors = OtherAnchors(
+                torch.cat([everyone[number].rows_NP for number in others]),
+                scales_O,
+                factors_O,
+                *hidden_pairs(own[index].posts_N, posts_O),
+            )
+            total = total + Repulsion.apply(own[index].rows_NP, anchors)
+        return total
 
     def _anchor_sums(
         self, everyone: Sequence[_Rows], spans: Sequence[Mapping[str, int]], scales: Sequence[float]
@@ -221,17 +233,27 @@ class ContrastiveLoss(nn.Module):
         """Per task the sums of this rank's anchors over the rows of all ranks and of the queue."""
         added, waits, repeats = self._host_numbers(everyone)
         keep, all_sums = KEEP_BYTES // len(self.tasks), []
+        past: list[_Rows | None] = [
+            _Rows(*self.queue.read(index, added=count)) if count and not waits else None
+            for index, count in enumerate(added)
+        ]
         for index, (rows, scale) in enumerate(zip(everyone, scales, strict=True)):
-            past = None
-            if added[index] and not waits:
-                past = _Rows(*self.queue.read(index, added=added[index]))
+            found = [of_task for of_task in (*everyone, *past) if of_task is not None]
+            others = [one for one in found if one is not rows and one is not past[index]]
             compared = _task_rows(
-                self.tasks[index], rows, past, **spans[index], repeats=repeats[index]
+                self.tasks[index],
+                rows,
+                past[index],
+                others if self.across else (),
+                **spans[index],
+                repeats=repeats[index],
             )
             all_sums.append(
                 AnchorSums(compared, scale=scale, keep_bytes=keep, moments=self.learned)
             )
-            if self.queue is not None and self.training:
+        # Only now: past rows are parts of the queue's own tensors.
+        if self.queue is not None and self.training:
+            for index, rows in enumerate(everyone):
                 self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
         return all_sums
 
@@ -239,7 +261,7 @@ class ContrastiveLoss(nn.Module):
         labels, embeddings_BP = batch.labels[task.name], output.embeddings[task.name]
         labelled = task.rules.labelled(labels).nonzero()[:, 0]
         rows, posts = [embeddings_BP[labelled]], [batch.row_ids_B[labelled]]
-        if task.views:
+        if task.name in self.viewed:
             rows.append(output.views[task.name][labelled])
             posts *= 2
         rows_NP = torch.cat(rows)
@@ -279,7 +301,7 @@ class ContrastiveLoss(nn.Module):
         for task, rows in zip(self.tasks, everyone, strict=True):
             flag = rows.posts_N.new_zeros(())
             # With views every post is there more than once, and nothing is to be hidden.
-            if not task.views:
+            if task.name not in self.viewed:
                 sorted_R = rows.posts_N.sort().values
                 flag = (sorted_R[1:] == sorted_R[:-1]).any().to(flag)
             flags.append(flag)
@@ -292,10 +314,23 @@ class ContrastiveLoss(nn.Module):
         return numbers[:count], max(steps - 1, 0) < self.queue_warmup, numbers[count:]
 
 
+def _anchors(of_all_R2: Tensor) -> Tensor:
+    """How many rows of all ranks are anchors, at least 1, float64 scalar; of their reciprocals."""
+    return (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
+
+
 def _task_rows(
-    task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int
+    task: Task,
+    rows: _Rows,
+    past: _Rows | None,
+    foreign: Sequence[_Rows],
+    *,
+    start: int,
+    num_own: int,
+    repeats: int,
 ) -> TaskRows:
-    """Rows of all ranks, and past ones, as the columns that the anchors are compared with."""
+    """Rows of all ranks, past ones, and those of other tasks, as the columns that the anchors are
+    compared with."""
     columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
     own_posts_N = posts_C[start : start + num_own]
     hidden_rows_X = hidden_columns_X = posts_C.new_zeros(0)
@@ -312,13 +347,18 @@ def _task_rows(
         posts_C = torch.cat([posts_C, past.posts_N])
     # Rows of one post are alike where a kind has no labels to compare.
     keys = posts_C[:, None] if task.views else keys_CK[:, : task.rules.num_keys(task.labels)]
-    keys_UK, groups_C = _different(keys)
+    keys_UK, groups_K = _different(keys)
+    if foreign:
+        found_X, columns_X = hidden_pairs(own_posts_N, torch.cat([one.posts_N for one in foreign]))
+        hidden_rows_X = torch.cat([hidden_rows_X, found_X])
+        hidden_columns_X = torch.cat([hidden_columns_X, columns_X + len(columns_CP)])
+        columns_CP = torch.cat([columns_CP, *(one.rows_NP.to(columns_CP) for one in foreign)])
     return TaskRows(
         columns_CP=columns_CP,
         num_rows=len(rows.rows_NP),
         start=start,
         num_own=num_own,
-        groups_C=groups_C,
+        groups_K=groups_K,
         keys_UK=keys_UK,
         affinity=partial(task.rules.affinity, task=task) if task.rules.graded else None,
         hidden_rows_X=hidden_rows_X,

@@ -31,8 +31,8 @@ from comoe.evaluation.routing_stats import RoutingSummary
 from comoe.tasks.task import Task
 from comoe.train.monitor import plots
 from comoe.train.monitor.cross_plots import cross_tables_figure
+from comoe.train.monitor.embedding_plots import embedding_figure, map_figure
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, truncate_metrics
-from comoe.train.monitor.plots import embedding_figure
 from comoe.train.monitor.trackers import TENSORBOARD, Silent, Trackers
 
 TASK_TERM = "task"
@@ -55,7 +55,7 @@ class Monitor:
         enabled: True on the rank that writes.
         tasks: the tasks of the run.
         recipe_text: the resolved recipe as YAML, shown in TensorBoard.
-        shown: ``run.histograms`` and ``run.plots`` are read.
+        shown: ``run.histograms``, ``run.plots`` and ``run.embedding_plot`` are read.
         trackers: where numbers go too; None is TensorBoard alone.
         resumed_at: step of the restored checkpoint. Lines and events after it are dropped, and the
             curves go on. None starts anew: what an earlier run of that name wrote is dropped.
@@ -79,6 +79,7 @@ class Monitor:
         self._tasks = tuple(task for task in tasks if task.rules.scored)
         self._histograms = shown is None or shown.histograms
         self._draws = shown is None or shown.plots
+        self._map = "pca" if shown is None else shown.embedding_plot
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         if resumed_at is None:
@@ -203,8 +204,16 @@ class Monitor:
             self._draw_curves()
 
     def log_projector(self, step: int, *, split: str, embeddings: EmbeddingSummary) -> None:
-        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and colored by label."""
+        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and colored by label.
+
+        Draw the map of all tasks too: by t-SNE it takes too long for every evaluation.
+        """
         with self._harmless():
+            if self.enabled and self._draws and embeddings.tasks:
+                title = f"Embeddings of all tasks ({split}, step {step})"
+                figure = map_figure(embeddings.tasks, how=self._map, title=title)
+                if figure is not None:
+                    self._figure(f"map/{split}", f"embedding_map_{split}", figure, step)
             for task, view in embeddings.tasks.items() if self.enabled else ():
                 # The projector's table has one line per post: a label must not break it.
                 names = [" ".join(str(label).split()) or "none" for label in view.labels]

@@ -1,4 +1,4 @@
-"""The one style of all figures, and those of a run: curves, heatmaps, confusion, embeddings, reliability.
+"""The one style of all figures, and those of a run: curves, heatmaps, confusion, reliability.
 
 Colors are Okabe and Ito's, which readers with any color vision tell apart; so are both ends of the
 heatmaps.
@@ -171,7 +171,7 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
             text = str(number) if number < 10_000 else f"{number / 1000:.0f}k"
             panel.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     if size <= MAX_NAMED_CLASSES:
-        names = [_short(label) for label in labels]
+        names = [short(label) for label in labels]
         upright = max(map(len, names)) <= 5 and size <= MAX_COUNTED_CLASSES
         slant = (
             dict(rotation=0, ha="center")
@@ -278,7 +278,7 @@ def _share_panel(panel: Axes, share: np.ndarray, *, rows: Sequence[str]) -> None
                 text, color = f"{100 * share[row, column]:.0f}", "white" if strong else INK
                 panel.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     panel.set_xticks(range(0, experts, max(1, experts // 16)))
-    panel.set_yticks(range(len(rows)), [_short(row) for row in rows])
+    panel.set_yticks(range(len(rows)), [short(row) for row in rows])
     panel.tick_params(labelsize=7, length=0)
 
 
@@ -300,68 +300,9 @@ def _smooth(points: Curve) -> list[tuple[int, float]]:
     ]
 
 
-def _short(label: str) -> str:
+def short(label: str) -> str:
     """Long labels often differ in their last letters only: the middle goes."""
     return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 7]}…{label[-6:]}"
-
-
-def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str) -> Figure:
-    """Scatter plot of the two directions in which the embeddings differ most.
-
-    Args:
-        points_NP: embeddings.
-        labels: per post a number (colored along a scale), a name, or a list of names. Of many
-            names the commonest keep a color of their own and the rest shares one.
-        title: what is shown.
-    """
-    plane_N2, kept = principal_plane(points_NP)
-    figure = new_figure(5.2, 4.0)
-    panel = figure.add_subplot()
-    dots = dict(s=9, alpha=0.75, linewidths=0)
-    if all(isinstance(label, float | int) for label in labels):
-        shown = panel.scatter(
-            *plane_N2.T, c=np.array(labels, dtype=np.float64), cmap="cividis", **dots
-        )
-        figure.colorbar(shown, ax=panel, shrink=0.8).ax.tick_params(labelsize=7)
-    else:
-        names = np.array(
-            [label if isinstance(label, str) else " + ".join(label) or "none" for label in labels]
-        )
-        found, counts = np.unique(names, return_counts=True)
-        common = found[np.argsort(-counts, kind="stable")]
-        own = common if len(common) <= len(COLORS) else common[: len(COLORS) - 1]
-        for name, color in zip(own, COLORS, strict=False):
-            panel.scatter(*plane_N2[names == name].T, color=color, label=_short(name), **dots)
-        if len(own) < len(common):
-            rest = ~np.isin(names, own)
-            panel.scatter(
-                *plane_N2[rest].T,
-                color=COLORS[-1],
-                label=f"{len(common) - len(own)} others",
-                **dots,
-            )
-        panel.legend(
-            fontsize=7, frameon=False, markerscale=1.6, loc="center left", bbox_to_anchor=(1.0, 0.5)
-        )
-    panel.set_xlabel(f"first axis ({100 * kept[0]:.0f} % of the variance)", fontsize=8)
-    panel.set_ylabel(f"second axis ({100 * kept[1]:.0f} %)", fontsize=8)
-    panel.tick_params(labelsize=7)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def principal_plane(points_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (N, 2) along the two principal axes, and the share of the variance along each.
-
-    An axis' sign is settled by its largest entry, so images of one run do not flip.
-    """
-    centred = points_NP - points_NP.mean(axis=0)
-    _, values, axes = np.linalg.svd(centred, full_matrices=False)
-    values, axes = np.append(values, 0.0), np.vstack([axes, np.zeros(axes.shape[1])])
-    axes = axes[:2] * np.sign(axes[:2][[0, 1], np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    power = values**2
-    return centred @ axes.T, power[:2] / max(power.sum(), np.finfo(np.float64).tiny)
 
 
 Bins = tuple[np.ndarray, np.ndarray, np.ndarray]

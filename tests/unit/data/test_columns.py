@@ -151,8 +151,20 @@ def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused
         load_corpus(recipe_with(airline, slices=["lat"]))
     rows = [{"text": f"p {i}", "label": "ab"[i % 2], "id": i} for i in range(MAX_SLICES + 1)]
     write_jsonl(airline / "many" / "train.jsonl", rows)
-    with pytest.raises(ValueError, match="column id has 51 values"):
+    with pytest.raises(
+        ValueError, match=r"column id has 51 values.*a bound of its numbers \(id<0.5\)"
+    ):
         load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id"])))
+    bounded = load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id<20"])))
+    assert bounded.tasks[0].slices == ("id<20",) and set(bounded.splits["train"].columns) == {"id"}
+    rows[7]["id"] = "seven"
+    write_jsonl(airline / "many" / "train.jsonl", rows)
+    with pytest.raises(
+        ValueError, match="slices: id<20 compares numbers, but id is 'seven' in .*:8;"
+    ):
+        load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id<20"])))
+    with pytest.raises(ValueError, match="slices is 'ids', which does not exist; did you mean id?"):
+        load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["ids<20"])))
 
 
 def test_tasks_of_a_data_set_may_ask_for_even_labels_and_all_hold_out_the_same(airline):

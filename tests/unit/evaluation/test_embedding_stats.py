@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from comoe.evaluation.embedding_stats import EmbeddingStats, measure_embeddings, measure_retrieval
-from comoe.train.monitor.plots import COLORS, embedding_figure, principal_plane
+from comoe.evaluation.embedding_stats import (
+    EmbeddingStats,
+    TaskEmbeddings,
+    measure_embeddings,
+    measure_retrieval,
+)
+from comoe.train.monitor.embedding_plots import (
+    LAYOUTS,
+    MOST_MAPPED,
+    embedding_figure,
+    map_figure,
+    principal_plane,
+)
+from comoe.train.monitor.plots import COLORS
 from comoe.types import ImageText, ModelOutput
 from tests.helpers_model import HEAT, MOOD, SIGNS, TASKS, TOPIC, WORDS, random_batch
 
@@ -155,3 +167,60 @@ def test_every_kind_of_label_is_drawn(labels):
     else:
         kinds = len({str(label) for label in labels})
         assert len(named.get_texts()) == min(kinds, len(COLORS))
+
+
+def clusters(count=40, kinds=4, *, seed=0):
+    """Points around the corners of a simplex in 6 dimensions, and the corner of each."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, kinds, count)
+    points = np.eye(6)[labels] + 0.05 * generator.normal(size=(count, 6))
+    return points / np.linalg.norm(points, axis=1, keepdims=True), [f"c{label}" for label in labels]
+
+
+def test_t_sne_keeps_neighbors_together_and_is_the_same_again():
+    points, labels = clusters(120, 6)
+    places, axes = LAYOUTS["tsne"](points, 0)
+    np.testing.assert_array_equal(places, LAYOUTS["tsne"](points, 0)[0])
+    assert places.shape == (120, 2) and axes == ("", "")
+
+    def purity(places):
+        distances = ((places[:, None] - places) ** 2).sum(-1) + np.diag(
+            np.full(len(places), np.inf)
+        )
+        return np.mean(np.array(labels)[distances.argmin(axis=1)] == np.array(labels))
+
+    # Six corners lie in five dimensions: two axes lay some of them over one another.
+    assert purity(places) > 0.95 > purity(LAYOUTS["pca"](points, 0)[0])
+
+
+@pytest.mark.parametrize("how", list(LAYOUTS))
+def test_the_map_has_all_tasks_in_one_space_and_each_by_its_labels(how):
+    points, labels = clusters()
+    tasks = {
+        "mood": TaskEmbeddings({}, points[:25], labels[:25]),
+        "heat": TaskEmbeddings({}, points[25:], list(np.arange(15.0))),
+    }
+    figure = map_figure(tasks, how=how, title="x")
+    titled = [panel for panel in figure.axes if panel.get_title()]
+    assert [panel.get_title() for panel in titled] == ["all tasks", "mood", "heat"]
+    for panel in titled:
+        assert sum(len(dots.get_offsets()) for dots in panel.collections) == 40
+    whole, mood, _ = (
+        [text.get_text() for text in panel.get_legend().get_texts()] if panel.get_legend() else []
+        for panel in titled
+    )
+    assert sorted(whole) == ["heat", "mood"] and sorted(mood) == sorted(set(labels[:25]))
+    alone = map_figure({"mood": tasks["mood"]}, how=how, title="x")
+    assert [panel.get_title() for panel in alone.axes if panel.get_title()] == ["mood"]
+
+
+def test_a_map_of_too_few_or_equal_or_many_posts():
+    few = TaskEmbeddings({}, np.eye(2), ["a", "b"])
+    assert map_figure({"mood": few}, how="tsne", title="x") is None
+    alike = TaskEmbeddings({}, np.ones((8, 3)) / 3**0.5, ["a", "b"] * 4)
+    assert map_figure({"mood": alike}, how="tsne", title="x") is not None
+    many = TaskEmbeddings(
+        {}, np.random.default_rng(0).normal(size=(2 * MOST_MAPPED, 3)), ["a"] * 2 * MOST_MAPPED
+    )
+    (panel,) = map_figure({"mood": many}, how="pca", title="x").axes
+    assert sum(len(dots.get_offsets()) for dots in panel.collections) == MOST_MAPPED

@@ -337,6 +337,23 @@ def test_slices_have_the_metrics_of_their_rows_alone():
     assert values_of([[[4, 2], [0]], [[5, 3], [1]]]) == found
 
 
+@pytest.mark.parametrize(
+    ("entry", "column", "cells"),
+    [("sure<0.7", "sure", ["0.5", "0.7", None, "1", "0.69", "x"]), ("a<b", "a<b", ["true"] * 6)],
+)
+def test_a_bound_cuts_the_numbers_of_a_column_in_two(entry, column, cells):
+    (task,) = tasks = (replace(MOOD, slices=(entry,)),)
+    outputs = run([[[0, 1, 2, 3, 4, 5]]])[0].outputs
+    found = compute_metrics(outputs, tasks, columns={column: cells}, predictions=False).metrics
+    # Labelled for mood are posts 0, 1, 2, 4; post 2 has no number.
+    wanted = {"true": [0, 4], "false": [1]} if column == "sure" else {"true": [0, 1, 2, 4]}
+    for value, rows in wanted.items():
+        (alone,) = run([[rows]])
+        assert found["mood"][f"n@{entry}={value}"] == len(rows)
+        assert found["mood"][f"accuracy@{entry}={value}"] == alone.metrics["mood"]["accuracy"]
+    assert sum(name.startswith("n@") for name in found[task.name]) == len(wanted)
+
+
 @dataclass(frozen=True)
 class SoftCollator:
     """``FakeCollator`` with soft labels of three tasks: each post's own, uniform or 1; post 4 has none."""

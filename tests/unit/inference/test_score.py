@@ -1,7 +1,9 @@
 """Scores of an export on labelled files: the metrics of the predictions that the predictor gives."""
 
+import csv
 import dataclasses
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 from helpers_export import MOOD, TOPIC, tiny_predictor
 from sklearn.metrics import accuracy_score, f1_score
 
+from comoe.commands.eval import main
 from comoe.data.reading.inputs import DataChoice
 from comoe.inference.score import format_scores, score
+from comoe.inference.suspicious import doubted_tasks, find_suspicious
 from comoe.tasks.kinds.tagging import PHRASE_TAGS
 from comoe.tasks.task import Task
 
@@ -156,3 +160,60 @@ def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, ca
         runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
     assert "is the --data itself" in capsys.readouterr().err
     assert (tmp_path / "d.jsonl").read_bytes() == data
+
+
+def test_metrics_by_a_column_of_the_file_and_suspicious_labels_in_a_table(
+    tmp_path, monkeypatch, capsys
+):
+    predictor = tiny_predictor(tmp_path)
+    found = [prediction["mood"] for prediction in predictor(TEXTS)]
+    rows = [
+        {"text": text, "label": one["label"], "kind": "ab"[turn % 2], "sure": turn / 10}
+        for turn in range(10)
+        for text, one in zip(TEXTS, found, strict=True)
+    ]
+    # The surest prediction reaches the mean of its label: another label there is suspicious.
+    sure = max(range(6), key=lambda place: max(found[place]["scores"].values()))
+    least = min(found[sure]["scores"], key=found[sure]["scores"].get)
+    rows[6 + sure]["label"] = least
+    write(tmp_path / "d.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    main(
+        "--model export --data d.jsonl --task mood --by kind --by sure<0.35 --output scores.json "
+        "--suspicious found.csv".split()
+    )
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "scores.json").read_text())["mood"]
+    assert (written["n@kind=a"], written["n@sure<0.35=true"]) == (30, 24)
+    gap = written["gaps"]["kind"]["accuracy"]
+    assert (gap["gap"], gap["largest"]) == (pytest.approx(1 / 30), "a")
+    assert written["gap/accuracy@kind"] == pytest.approx(1 / 30) and "by chance" in printed
+    (line,) = csv.DictReader((tmp_path / "found.csv").read_text().splitlines())
+    assert "of 60 labels are wrong; suspicious are 1 (" in printed
+    assert line["place"].endswith(f"d.jsonl:{7 + sure}") and line["text"] == TEXTS[sure]
+    assert (line["label"], line["likely_label"]) == (least, found[sure]["label"])
+    assert float(line["score"]) < float(line["likely_score"])
+    for flags, message in (
+        (["--by", "knd"], r"--by is 'knd'.*did you mean kind\?"),
+        (
+            ["--by", "text<1"],
+            "--by: text<1 compares numbers, but text is 'good day' in .*d.jsonl:1",
+        ),
+        (["--suspicious", "d.jsonl"], "--suspicious d.jsonl is the --data itself"),
+    ):
+        with pytest.raises(SystemExit):
+            main("--model export --data d.jsonl --task mood".split() + flags)
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_labels_of_sets_are_doubted_one_by_one_and_numbers_are_not(tmp_path):
+    signs = Task("signs", "multi_label", ("x", "y"), "macro_f1")
+    heat = Task("heat", "regression", (), "pearson")
+    predictor = tiny_predictor(tmp_path, tasks=(signs, heat))
+    rows = [{"text": text, "signs": ["x"], "heat": 1.0} for text in TEXTS]
+    scores = score(predictor, write(tmp_path / "d.jsonl", rows), progress=False)
+    found = find_suspicious(scores)
+    assert [one.name for one in found] == ["signs/x", "signs/y"]
+    assert found[0].labels == ("not x", "x") and found[1].given_N.tolist() == [0] * 6
+    with pytest.raises(ValueError, match="heat has none: it is for single_label"):
+        doubted_tasks((heat,))

@@ -53,6 +53,12 @@ def test_the_defaults_need_no_warning():
       "queue_size is 9, without effect: .*weight is 0"),
      ({"loss": {"contrastive": {"weight": 0.0, "first_steps": 9, "queue_size": 9}}},
       "data.posts_per_label is 0 with loss.contrastive.first_steps; 2 gives every label"),
+     ({"loss": {"contrastive": {"weight": 0.0, "negatives": "all"}}},
+      "negatives is all, without effect: .*weight is 0"),
+     ({"tasks": {"mood": {"path": "x"}}, "loss": {"contrastive": {"negatives": "all"}}},
+      "negatives is all, without effect: there is one task"),
+     ({"model": {"dropout": 0.0}, "loss": {"contrastive": {"views": 2}}},
+      "loss.contrastive.views is 2, without effect: model.dropout is 0"),
      ({"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
       r"loss.task_separation_weight is 0.4, without effect: the number of tasks is 1"),
      ({"tasks": {"mood": {"path": "x", "weight": 2.0}}},
@@ -67,7 +73,8 @@ def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, mess
 def test_options_that_work_are_left_alone():
     assert warnings_of(
         model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
-        loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1},
+        loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1,
+              "contrastive": {"views": 2, "negatives": "all", "first_steps": 9}},
         tasks={"mood": {"path": "x", "weight": 2.0}, "heat": {"path": "y"}},
         train={"optimizer": "sgd", "momentum": 0.9},
     ) == []  # fmt: skip

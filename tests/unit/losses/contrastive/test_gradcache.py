@@ -56,11 +56,21 @@ def cached_step(
     return loss, grads, [passes, outputs]
 
 
-@pytest.mark.parametrize("size", [2, 3, 6])
-@pytest.mark.parametrize("route_by", ["token", "task"])
-def test_chunks_give_the_loss_and_the_gradient_of_the_large_batch(size, route_by):
+WIDER = replace(LOSS, contrastive=replace(LOSS.contrastive, views=2, negatives="all"))
+
+
+@pytest.mark.parametrize(
+    "size, route_by, loss",
+    [
+        *((size, "token", LOSS) for size in (2, 3, 6)),
+        *((size, "task", LOSS) for size in (2, 3, 6)),
+        (3, "token", WIDER),
+        (3, "task", WIDER),
+    ],
+)
+def test_chunks_give_the_loss_and_the_gradient_of_the_large_batch(size, route_by, loss):
     batch = some_missing(random_batch(rows=ROWS, tasks=TASKS))
-    objective = tiny_objective(moe_config(route_by=route_by), tasks=TASKS, loss=LOSS).train()
+    objective = tiny_objective(moe_config(route_by=route_by), tasks=TASKS, loss=loss).train()
     whole = objective(chunks_of(batch, ROWS)[0])
     whole.loss.backward()
     expected = {name: p.grad.clone() for name, p in objective.named_parameters() if p.requires_grad}

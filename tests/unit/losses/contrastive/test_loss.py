@@ -57,6 +57,37 @@ def test_every_kind_equals_float64_autograd_of_the_dense_formula(tasks):
     check(loss_of(tasks), random_rows(14, tasks=tasks), tasks)
 
 
+@pytest.mark.parametrize("views, across", [(2, False), (1, True), (2, True)])
+def test_second_views_and_negatives_of_other_tasks_equal_the_dense_formula(views, across):
+    negatives = "all" if across else "task"
+    loss, rows = loss_of(views=views, negatives=negatives), random_rows(14)
+    check(loss, rows, views=views, across=across)
+    # Each of both changes the gradient: the check above can fail.
+    plain, _, found = reference(TASKS, rows)
+    plain.backward()
+    share, _, leaves = call(loss, rows)
+    share.backward()
+    assert not torch.allclose(leaves["z/mood"].grad, found["z/mood"].grad)
+
+
+def test_a_task_of_weight_0_is_pushed_from_the_others_all_the_same():
+    tasks = (MOOD, replace(HEAT, contrastive_weight=0.0))
+    share, _, leaves = call(loss_of(tasks, negatives="all"), random_rows(9, tasks=tasks))
+    share.backward()
+    assert leaves["z/heat"].grad.any()
+    check(loss_of(tasks, negatives="all"), random_rows(9, tasks=tasks), tasks, across=True)
+
+
+def test_a_post_alone_with_its_label_is_an_anchor_through_its_second_view():
+    rows = random_rows(3, tasks=(MOOD,))
+    rows["label/mood"] = torch.tensor([0, 1, 2])
+    assert call(loss_of((MOOD,)), rows)[0] == 0.0
+    share, terms, leaves = call(loss_of((MOOD,), views=2), rows)
+    share.backward()
+    assert terms["positives_per_anchor/mood"] == 1.0
+    assert all(leaf.grad.any(dim=1).all() for leaf in leaves.values())
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 14])
 def test_the_weight_of_a_task_counts_in_the_sum_and_not_in_its_term(rows):
     terms = check(loss_of(), random_rows(rows, seed=3))
@@ -79,12 +110,14 @@ def test_float32_is_right_to_five_digits_and_half_precision_is_compared_in_float
     torch.testing.assert_close(share.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_learned_temperature_gets_the_exact_gradient_for_every_task():
-    loss, rows = loss_of(learn_temperature=True, temperature=0.2), random_rows(14)
+@pytest.mark.parametrize("across", [False, True])
+def test_a_learned_temperature_gets_the_exact_gradient_for_every_task(across):
+    options = {"learn_temperature": True, "negatives": "all" if across else "task"}
+    loss, rows = loss_of(temperature=0.2, **options), random_rows(14)
     log_scales = loss.scales.log_scales_T.detach().clone().requires_grad_()
     share, terms, _ = call(loss, rows)
     share.backward()
-    expected = reference(TASKS, rows, scales=log_scales.exp())[0]
+    expected = reference(TASKS, rows, scales=log_scales.exp(), across=across)[0]
     expected.backward()
     for found, wanted in ((share, expected), (loss.scales.log_scales_T.grad, log_scales.grad)):
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)

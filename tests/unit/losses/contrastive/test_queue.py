@@ -69,19 +69,23 @@ def past_of(loss):
     return found
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_past_rows_are_rivals_and_positives_without_gradient(learned):
-    loss = loss_of(queue_size=20, learn_temperature=learned)
+@pytest.mark.parametrize(
+    "learned, views, across", [(False, 1, False), (True, 1, False), (True, 2, True)]
+)
+def test_past_rows_are_rivals_and_positives_without_gradient(learned, views, across):
+    options = {"views": views, "negatives": "all" if across else "task"}
+    loss = loss_of(queue_size=20, learn_temperature=learned, **options)
     call(loss, random_rows(11, seed=1, first_post=4))
     rows = random_rows(9, seed=2)
     call(loss, random_rows(4, seed=3, first_post=40))
     past = past_of(loss)
     lengths = {len(posts) for _, _, posts in past.values()}
-    assert 20 in lengths and min(lengths) < 20, "one is full, another is not"
+    assert 20 in lengths and (views == 2 or min(lengths) < 20), "one is full, another is not"
     share, _, leaves = call(loss, rows)
     share.backward()
     scales = loss.scales.log_scales_T.detach().exp().requires_grad_() if learned else None
-    expected, _, references = reference(TASKS, own_targets(rows), scales=scales, past=past)
+    compared = {"scales": scales, "past": past, "views": views, "across": across}
+    expected, _, references = reference(TASKS, own_targets(rows), **compared)
     expected.backward()
     atol = 1e-12
     torch.testing.assert_close(share.detach(), expected.detach(), atol=atol, rtol=atol)

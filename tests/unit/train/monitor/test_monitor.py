@@ -172,7 +172,9 @@ def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_pa
     scalars = {"mood/alignment", "heat/retrieval_at_1", "image_to_text_at_1"}
     assert {f"embedding/{name}" for name in scalars} <= set(tags["scalars"])
     assert {"embedding/mood", "embedding/heat"} <= set(tags["images"])
-    assert (tmp_path / "plots" / "embedding_mood.png").is_file()
+    assert "map/validation" in tags["images"]
+    for name in ("embedding_mood", "embedding_map_validation"):
+        assert (tmp_path / "plots" / f"{name}.png").is_file()
     projected = tmp_path / "tensorboard" / "00010" / "validation_mood"
     assert (projected / "metadata.tsv").read_text().splitlines() == ["bad", "good or so", "bad"] * 2
     np.testing.assert_allclose(np.loadtxt(projected / "tensors.tsv"), points, rtol=1e-5)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from comoe.evaluation.embedding_stats import TaskEmbeddings
+from comoe.train.monitor.embedding_plots import embedding_figure, map_figure
 from comoe.train.monitor.plots import (
     confusion_figure,
-    embedding_figure,
     figure_pixels,
     loss_figure,
     metric_figure,
@@ -88,6 +89,7 @@ def test_any_label_can_be_drawn(name):
     figures = [
         confusion_figure(np.eye(2, dtype=int), labels=[name, "b"], title=name),
         embedding_figure(points, [name, "b", name], title=name),
+        map_figure({name: TaskEmbeddings({}, points, ["a", name, "b"])}, how="pca", title=name),
         share_figure(share, rows=[name, "b"], title=name or "share", row_axis=name),
         task_share_figure(share[None], layers=[1], tasks=[name, "b"]),
         loss_figure({"loss": [(1, 1.0)], name: [(1, 1.0)]}, {name: [(1, 2.0)]}),
