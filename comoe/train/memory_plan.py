@@ -471,8 +471,11 @@ def plan_run(
             kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size
         ),
     )
-    # Both passes of R-Drop wait for the backward pass.
-    posts = layout.micro_batch_size * (2 if recipe.loss.r_drop_weight else 1)
+    # The second pass of R-Drop, and that of second views, wait for the backward pass too.
+    contrastive = recipe.loss.contrastive
+    viewed = contrastive.views == 2 and (contrastive.weight or contrastive.first_steps)
+    passes = 1 + bool(recipe.loss.r_drop_weight) + bool(viewed and model.projection is not None)
+    posts = layout.micro_batch_size * passes
     work, decoder = _text_work(recipe, model, train, posts=posts)
     return plan_memory(size, work, tower=_tower_work(model, posts), decoder=decoder)
 

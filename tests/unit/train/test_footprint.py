@@ -1,5 +1,6 @@
 """What a built model takes, against sums made by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,9 +25,18 @@ EXPERTS = 3 * 4 * 3 * 16 * WIDTH
 """Layers, experts, matrices, expert width, model width."""
 
 
-def plan(model: MultiTaskModel, *, stage: int = 2, bf16: bool = True, **zero: int) -> MemoryPlan:
+def plan(
+    model: MultiTaskModel,
+    *,
+    stage: int = 2,
+    bf16: bool = True,
+    loss: dict | None = None,
+    **zero: int,
+) -> MemoryPlan:
     train = {"activation_checkpointing": True}
-    recipe = recipe_from_dict({"tasks": {"mood": {"path": "x"}}, "train": train})
+    recipe = recipe_from_dict(
+        {"tasks": {"mood": {"path": "x"}}, "train": train, "loss": loss or {}}
+    )
     posts, settings = SimpleNamespace(lengths=np.array([4, 6])), {"zero_optimization": zero}
     return plan_run(recipe, Layout(2, 2, stage, 6, 1, bf16), model, posts, settings)
 
@@ -66,6 +76,14 @@ def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen
     )  # fmt: skip
     expected = plan_memory(size, work)
     assert plan(model, reduce_bucket_size=90_000) == expected
+    for passes, loss in (
+        (2, {"r_drop_weight": 1.0}),
+        (2, {"contrastive": {"views": 2}}),
+        (3, {"contrastive": {"views": 2}, "r_drop_weight": 1.0}),
+        (1, {"contrastive": {"views": 2, "weight": 0.0}}),
+    ):
+        expected = plan_memory(size, replace(work, tokens=30 * passes))
+        assert plan(model, reduce_bucket_size=90_000, loss=loss) == expected
 
 
 def test_the_reduction_bucket_is_deepspeeds_own_where_the_json_says_nothing_and_holds_the_largest_weight():
