@@ -78,10 +78,7 @@ def score(
     """
     choice = data if isinstance(data, DataChoice) else DataChoice(str(data))
     choice = replace(choice, **options)
-    chosen = tuple(
-        replace(task, slices=tuple(dict.fromkeys((*task.slices, *by))))
-        for task in predictor.choose_tasks(tasks)
-    )
+    chosen = _with_slices(predictor.choose_tasks(tasks), by)
     report = DataReport()
     posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report, needed=by)
     exported = predictor.exported
@@ -106,6 +103,10 @@ def score(
         gaps_of(evaluation.outputs, chosen, split.posts.columns),
         split.posts,
     )
+
+
+def _with_slices(tasks: Sequence[Task], by: Sequence[str]) -> tuple[Task, ...]:
+    return tuple(replace(task, slices=tuple(dict.fromkeys((*task.slices, *by)))) for task in tasks)
 
 
 def score_split(
