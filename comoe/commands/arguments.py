@@ -10,9 +10,10 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from comoe.config.extras import need
 from comoe.config.plugins import add_plugins
@@ -48,9 +49,60 @@ def number(text: str) -> float:
     return value
 
 
+class Parser(ArgumentParser):
+    """A parser that names the nearest option where the command line has an unknown one."""
+
+    _words: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As that of ``ArgumentParser``."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As that of ``ArgumentParser``."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process; what is unknown goes first, as it may be the cause of the rest."""
+        super().error("; ".join(self._unknown()) or message)
+
+    def _unknown(self) -> Iterator[str]:
+        """One sentence for each word that is no option, and no beginning of one."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in takewhile(lambda word: word != "--", self._words):
+            name, _, value = word.partition("=")
+            begins = any(option.startswith(name) for option in known)
+            if begins or " " in word or not re.match(r"-[^\d.]", name):
+                continue
+            yield f"{name} is no option of {self.prog}{self._hint(name, known, value)} (--help lists all)"
+
+    def _hint(self, name: str, known: Sequence[str], value: str) -> str:
+        from comoe.config.errors import nearest
+
+        bare = name.lstrip("-")
+        if any(action.dest == "overrides" for action in self._actions):
+            from comoe.config.reference import options
+
+            paths = [option.path for option in options()]
+            leaf = bare.replace("-", "_")
+            ends = [path for path in paths if path == leaf or path.endswith(f".{leaf}")]
+            if ends or "." in bare:
+                meant = ends[0] if ends else nearest(bare, paths)
+                return f"; did you mean {meant or bare}={value or '...'}, without dashes?"
+        names = {option.lstrip("-"): option for option in known}
+        guess = nearest(bare, names) or next(
+            (n for n in names if len(bare) == 1 and n[0] == bare), ""
+        )
+        return f"; did you mean {names[guess]}?" if guess else ""
+
+
 def new_parser(word: str, description: str) -> ArgumentParser:
     """The empty parser of ``comoe word``."""
-    return ArgumentParser(
+    return Parser(
         prog=f"comoe {word}", description=description, formatter_class=RawDescriptionHelpFormatter
     )
 

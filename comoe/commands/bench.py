@@ -53,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         line.error("the benchmarks are no part of an installed comoe; run it in a checkout.")
     need_training("bench")
 
+    from comoe.config.files import check_target
     from comoe.config.load import load_recipe
 
+    if given.json is not None:
+        check_target(given.json)
     if given.config is not None:
         load_recipe(given.config)  # before any rank is started
     # Its ranks must not outlive it.

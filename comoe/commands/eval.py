@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.config.files import check_target, is_read_from, write_json
+    from comoe.inference.checkpoint_folder import is_part_of
     from comoe.inference.score import format_scores, score
     from comoe.inference.suspicious import (
         doubted_tasks,
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         if is_read_from(target, Path(options.data)):
             raise ValueError(f"{flag} {target} is the --data itself; name another file.")
+        if is_part_of(target, Path(options.model)):
+            raise ValueError(f"{flag} {target} is a file of the model; name another one.")
         check_target(target)
     predictor = load_predictor(options, backend=options.backend, threads=options.threads)
     if options.suspicious:

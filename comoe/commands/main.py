@@ -2,11 +2,12 @@
 
 import importlib
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 from comoe import __version__
+from comoe.commands.arguments import Parser
 
 COMMANDS = {
     "init": "write a recipe for a file of posts",
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         importlib.import_module(f"comoe.commands.{words[0]}").main(words[1:])
         return
     listed = "\n".join(f"  {word:<8}  {meaning}" for word, meaning in COMMANDS.items())
-    parser = ArgumentParser(
+    parser = Parser(
         prog="comoe",
         usage="comoe <command> [--help] ...",
         description="Multi-task learning on social-media posts with mixtures of experts.",

@@ -12,7 +12,7 @@ shards) or tweeteval (one label id per line). Memory does not grow with the numb
 
 import json
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from comoe.commands.arguments import (
     whole,
 )
 from comoe.commands.guard import guarded
-from comoe.config.files import write_json
+from comoe.config.files import check_target, is_read_from, write_json
 
 
 def parser() -> ArgumentParser:
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.inference.options import PredictOptions
     from comoe.inference.predict_file import predict_file
 
+    _check_summary(options)
     if options.format is None:
         options.format = "parquet" if options.output.suffix == ".parquet" else "jsonl"
     names = [field.name for field in fields(PredictOptions)]
@@ -95,3 +96,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(done.record()))
     elif options.json_summary is not None:
         write_json(Path(options.json_summary), done.record())
+
+
+def _check_summary(options: Namespace) -> None:
+    """Refuse, before the work, a summary that could not be written at its end or would replace what is read."""
+    from comoe.inference.checkpoint_folder import is_part_of
+
+    if options.json_summary in (None, "-"):
+        return
+    place = Path(options.json_summary)
+    read = {"--input": Path(options.input), "--output": options.output}
+    taken = next((flag for flag, other in read.items() if is_read_from(place, other)), None)
+    taken = taken or ("--model" if is_part_of(place, Path(options.model)) else None)
+    if taken:
+        raise ValueError(
+            f"--json-summary {place} would replace what {taken} names; name another file."
+        )
+    check_target(place)

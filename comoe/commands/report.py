@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _report(options) -> str:
     from comoe.config.extras import need
-    from comoe.config.files import is_read_from, same_file, write_atomic, write_json
+    from comoe.config.files import check_target, is_read_from, same_file, write_atomic, write_json
 
     need("report", what="comoe report")
     from comoe.reporting.page import render
@@ -65,6 +65,8 @@ def _report(options) -> str:
         for source in (options.predictions, options.labeled):
             if place is not None and source is not None and is_read_from(place, source):
                 raise ValueError(f"{place} would replace what is read; name another file.")
+        if place is not None:
+            check_target(place)
     chosen = ReportOptions(
         time=options.time,
         period=options.period,

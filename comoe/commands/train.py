@@ -56,12 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = line.parse_intermixed_args(argv)
     if given.gpus is not None and not given.dry_run:
         line.error(f"--gpus is {given.gpus}; it goes with --dry-run.")
+    if given.gpus is not None and given.ranks is not None:
+        line.error("--gpus plans for other machines, --ranks for this one; give one of them.")
     take_recipe(given, default=None if given.resume else RECIPE)
     need_training("train")
 
     from comoe.train.fault.signals import StopSignal
     from comoe.train.fault.supervisor import is_child, supervise
     from comoe.train.launchers import (
+        check_ranks,
         refuse_restarts_under_torchrun,
         settle_place,
         start_ranks_here,
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         place = settle_place(os.environ)
         refuse_restarts_under_torchrun(0 if is_child() else given.restarts)
+        check_ranks(given.ranks)
     except ValueError as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)
@@ -93,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.dry_run,
         given.gpus or 0,
     )
-    run_and_exit(Request(*words, verify=not given.no_verify), stop)
+    ranks = given.ranks if place is None and given.ranks else 0
+    run_and_exit(Request(*words, verify=not given.no_verify, ranks=ranks), stop)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,10 @@ def lock_beside(path: Path) -> Path:
 
 
 def is_read_from(path: Path, source: Path) -> bool:
-    """Whether writing a path would replace what is read: the file itself, or one in the folder."""
+    """Whether writing a path would replace what is read: the file itself, or one in the folder; - is standard input."""
+    if source == Path("-"):
+        # A shell opens the file of "< posts.csv" under no name.
+        return path.is_file() and os.path.samestat(path.stat(), os.fstat(0))
     inside = source.is_dir() and path.exists() and source.resolve() in path.resolve().parents
     return inside or same_file(path, source)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from comoe.config.files import write_json
+from comoe.config.files import write_atomic, write_json
 from comoe.config.load import save_recipe
 from comoe.config.recipe import NormalizeConfig, Recipe
 from comoe.data.corpus import Corpus, load_corpus
@@ -28,6 +29,7 @@ from comoe.starter.registry import resolve
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.train.results import write_predictions
+from comoe.train.run_folder import MARK, refuse_taken
 
 
 def run_baseline(recipe: Recipe, folder: Path, *, name: str, arguments: Sequence[str]) -> None:
@@ -40,8 +42,10 @@ def run_baseline(recipe: Recipe, folder: Path, *, name: str, arguments: Sequence
         arguments: of its ``fit``.
 
     Raises:
-        ValueError: posts that cannot be read, or a model that can predict no task.
+        ValueError: posts that cannot be read, a model that can predict no task, or files of others
+            in the folder.
     """
+    refuse_taken(folder, overwrite=True)
     baseline = BASELINES[name]
     corpus = load_corpus(resolve(recipe, progress=False))
     scored = [task for task in corpus.tasks if task.rules.scored]
@@ -60,6 +64,7 @@ def run_baseline(recipe: Recipe, folder: Path, *, name: str, arguments: Sequence
     seconds = time.monotonic() - began
     evaluations, posts_per_second = _evaluated(corpus, tasks, models, recipe, baseline)
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / MARK, uuid.uuid4().hex)
     write_json(folder / "tasks.json", [task.to_dict() for task in tasks])
     save_recipe(recipe, folder / "config.yaml")
     clean = {split: one for split, one in evaluations.items() if split in corpus.splits}

@@ -26,7 +26,7 @@ from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.ready_made import recipe_path, settings_path
 from comoe.evaluation.tables import duration
 from comoe.train.environment import environment_of_a_child
-from comoe.train.launchers import STARTING
+from comoe.train.launchers import STARTING, check_ranks
 from comoe.train.parallel.ds_config import load_settings
 
 OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
@@ -43,6 +43,10 @@ ASKED_EVERY = 0.5
 
 GRACE = 180.0
 """Seconds that ranks have to save and exit after the command that started them ends."""
+
+WRITTEN = ("runs", "logs", "failed", "plots", "table.md", "table.csv", "gains.csv", "summary.json", "comparison.json",
+           "tuning.json", "study.db", "tune.md", "importance.png", "best.yaml")  # fmt: skip
+"""What experiments write, or make folders of, in their output folder beside their settings."""
 
 print_now = partial(print, flush=True)
 
@@ -93,6 +97,7 @@ class Experiment:
         """
         if given.ranks is not None and given.ranks < 1:
             raise ValueError(f"--ranks is {given.ranks}; it must be at least 1.")
+        check_ranks(given.ranks)
         ranks = given.ranks or max(1, torch.cuda.device_count())
         files = (recipe_path(given.config), settings_path(given.deepspeed), given.output)
         places = (file.resolve() for file in files)
@@ -124,7 +129,7 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
 
     Raises:
         ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of
-            ranks.
+            ranks, or files of others that the runs and the report would replace.
     """
     recipe = recipe_to_dict(load_recipe(experiment.config, experiment.overrides))
     settings = load_settings(experiment.deepspeed)
@@ -133,6 +138,12 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
     )
     file = experiment.output / file_name
     if not file.is_file():
+        # The settings are the mark of a folder of ours.
+        if taken := [name for name in WRITTEN if os.path.lexists(experiment.output / name)]:
+            raise ValueError(
+                f"{experiment.output} holds files of something else ({', '.join(taken)}, and no {file_name}), which "
+                "would be replaced: choose another --output, or move them away."
+            )
         experiment.runs.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text + "\n")
         return

@@ -26,6 +26,10 @@ NEEDED = ("state.json", "weights/model.safetensors")
 """Files without which a checkpoint is none."""
 
 
+STEP = re.compile(r"step-\d+")
+"""Name of a whole checkpoint."""
+
+
 def checkpoint_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / f"step-{step:08d}"
@@ -59,6 +63,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_part_of(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that an export or checkpoint consists of, whatever else lies in its folder."""
+    place, folder = path.resolve(), folder.resolve()
+    if not path.is_file() or folder not in place.parents:
+        return False
+    # Older versions wrote no manifest.
+    own = read_manifest(folder).get("files")
+    return own is None or place.relative_to(folder).as_posix() in {*own, MANIFEST}
+
+
 def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> str:
     """How the files of a folder differ from its manifest; empty where they do not.
 
@@ -87,7 +101,7 @@ def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> st
 
 def whats_wrong(checkpoint: Path, *, verify: bool = False) -> str:
     """Why a checkpoint cannot be used; empty when it is whole. ``verify`` also compares digests."""
-    if not re.fullmatch(r"step-\d+", checkpoint.name):
+    if not STEP.fullmatch(checkpoint.name):
         return "its name is not that of a whole checkpoint (step-<number>)"
     if problem := manifest_problem(checkpoint, needed=NEEDED, verify=verify):
         return problem

@@ -7,6 +7,8 @@ tokenizer's files, and ``README.md``, the model card. ``exported`` reads them.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,6 +232,28 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def make_room(folder: Path) -> None:
+    """Remove the older export of a run; one with files of others is set aside, and a warning says where."""
+    try:
+        problem = _in_the_way(folder)
+    except ValueError as error:
+        problem = str(error)
+    if not problem:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    names = (folder.with_name(f"{folder.name}.kept-{number}") for number in itertools.count(1))
+    kept = next(path for path in names if not path.exists())
+    folder.rename(kept)
+    print(f"warning: {folder} {problem}; it was renamed to {kept.name}", file=sys.stderr)
+
+
+_USUAL = re.compile(
+    r"[a-z_]*token[a-z_]*\.json|preprocessor_config\.json|vocab\.(txt|json)|merges\.txt|bpe\.codes|\w+\.model"
+    r"|chat_template\.jinja"
+)
+"""Files of a tokenizer or image processor in exports of older versions, which had no manifest."""
+
+
 def _in_the_way(folder: Path) -> str:
     """Why an export may not replace what is there; empty for nothing, an empty folder and an older export."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -238,8 +262,9 @@ def _in_the_way(folder: Path) -> str:
     content = read_json(config) if config.is_file() else None
     if not isinstance(content, dict) or content.get("model_type") != "comoe":
         return "exists and is not an export of comoe"
-    # Older versions wrote no manifest.
     own = {MANIFEST, CARD, *read_manifest(folder).get("files", {})}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    foreign = sorted(found - own) if MANIFEST in found else []
+    if MANIFEST not in found:
+        own |= {WEIGHTS, CONFIG, *filter(_USUAL.fullmatch, found)}
+    foreign = sorted(found - own)
     return f"also holds files that comoe did not write ({', '.join(foreign[:3])})" * bool(foreign)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from comoe.config.failure import parsing
 from comoe.config.files import PART, atomic_file, sync_replace
 
 ENDING = ".parquet"
@@ -67,6 +68,13 @@ def check_parquet(target: Path) -> None:
         raise ValueError(
             f"--output {target}: the folder has other files ({min(others)}), and is replaced whole; name a new one."
         )
+    for shard in target.iterdir():
+        with parsing(shard, "name another --output"):
+            columns = pyarrow.parquet.read_schema(shard).names
+        if not {"text", "error"} <= set(columns):
+            raise ValueError(
+                f"--output {target}: {shard.name} holds no predictions ({', '.join(columns[:5])}); name a new folder."
+            )
 
 
 def write_parquet(part: Path, target: Path, *, kept: Sequence[str], tasks: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import comoe
 from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file, is_read_from, lock_beside, locked, written_directly
+from comoe.inference.checkpoint_folder import is_part_of
 from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
@@ -67,6 +68,8 @@ def predict_file(
         writer = Adapted(writer, options)
     if is_read_from(target, Path(source)):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
+    if is_part_of(target, predictor.exported.folder):
+        raise ValueError(f"--output {target} is a file of the model; name another file.")
     if Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
         raise ValueError(
             f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
@@ -78,7 +81,9 @@ def predict_file(
         if kept is None and options.adapts:
             # Read twice, which a pipe is not; nobody else may read it.
             kept = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "predictions"
-        journal = Journal(kept, _head(predictor, options), resume=options.resume)
+        writer.begin(posts.kept)
+        head = _head(predictor, options) | writer.head()
+        journal = Journal(kept, head, resume=options.resume)
         try:
             summary = _predict_into(target, writer, posts, journal)
         except BaseException as error:

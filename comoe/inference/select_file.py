@@ -95,6 +95,12 @@ def _check_files(
     for place in places.values():
         if any(is_read_from(place, path) for path in read):
             raise ValueError(f"{place} would replace what is read; name another --output.")
+        # It is written first.
+        if place.exists() and not places[INTERFACE].is_file():
+            raise ValueError(
+                f"{place} is there, without the {INTERFACE} that comoe select writes beside it, and would be "
+                "replaced; name another --output, or move it away."
+            )
 
 
 def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, model: str) -> None:
@@ -106,8 +112,8 @@ def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, 
         for one in found.chosen
     ]
     places[TASKS].parent.mkdir(parents=True, exist_ok=True)
-    write_json(places[TASKS], tasks)
     write_atomic(places[INTERFACE], interface(selector.tasks, with_pair=with_pair))
+    write_json(places[TASKS], tasks)
     write_atomic(places[TABLE], _table(found.chosen, selector.tasks, with_pair))
 
 

@@ -96,6 +96,10 @@ class JsonLines:
     def check(self, target: Path) -> None:
         """Refuse an output that could not be replaced."""
 
+    def head(self) -> dict[str, str]:
+        """What a resumed run must have in common with the lines that are written, once ``begin`` was called."""
+        return {}
+
     def begin(self, kept: Sequence[str]) -> str:
         """What comes before the first prediction, of posts with these kept columns."""
         self.kept = tuple(kept)
@@ -142,6 +146,10 @@ class Table(JsonLines):
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
         self.columns += REMARKS[self.predictor.long.mode]
         return csv_line(self.columns, raw=self.raw)
+
+    def head(self) -> dict[str, str]:
+        # Only the first line names them.
+        return {"the columns": ",".join(self.columns)}
 
     def line(self, prediction: dict[str, Any]) -> str:
         row = dict(prediction) | table_cells(prediction, self.tasks)

@@ -32,7 +32,12 @@ SHOWN_CHARACTERS = 160
 
 
 def print_dry_run(
-    typed: Recipe, settings: Mapping[str, Any], *, device: torch.device, gpus: int = 0
+    typed: Recipe,
+    settings: Mapping[str, Any],
+    *,
+    device: torch.device,
+    gpus: int = 0,
+    ranks: int = 0,
 ) -> None:
     """Print what a run would do: the resolved recipe, the data, sample posts, and the memory of one rank.
 
@@ -40,21 +45,23 @@ def print_dry_run(
         typed: as the user wrote it.
         settings: the DeepSpeed JSON.
         device: of this rank.
-        gpus: plan the memory for so many GPUs; 0 is for the ranks and the device that are here.
+        gpus: plan the memory for so many GPUs; 0 is for this machine.
+        ranks: that are to be started on this machine; 0 is those that are here.
 
     Raises:
         ValueError: as ``build_run``; with ``gpus`` the memory of this machine does not count.
     """
     gpu = gpus > 0 or device.type == "cuda"
-    layout = plan_layout(typed, settings, world_size=gpus or world_size(), gpu=gpu)
+    layout = plan_layout(typed, settings, world_size=gpus or ranks or world_size(), gpu=gpu)
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
     # What a start would find out, too.
     here = None if gpus else device
-    plan = plan_posts(typed, recipe, layout, splits, collator, settings, device=here)
-    ranks, micro = layout.world_size, layout.micro_batch_size
-    sampler_of(recipe, splits["train"], corpus.tasks, ranks, micro)
+    plan = plan_posts(
+        typed, recipe, layout, splits, collator, settings, device=here, local_ranks=ranks
+    )
+    sampler_of(recipe, splits["train"], corpus.tasks, layout.world_size, layout.micro_batch_size)
     if is_main():
         seen = seen_by_the_decoder(splits["train"], collator.tokenizer)
         lines = dry_run_lines(typed, corpus, plan, seen=seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks
 from comoe.evaluation.calibration import Calibrator, reliability_bins
 from comoe.evaluation.experts_off import experts_lines
 from comoe.inference.checkpoint_folder import step_of
-from comoe.inference.export import export_checkpoint
+from comoe.inference.export import export_checkpoint, make_room
 from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
 from comoe.train.checkpoint.save_load import load_checkpoint
 from comoe.train.cross_tables import write_cross_tables
@@ -98,7 +97,7 @@ def finalize(run: TrainingRun) -> None:
         }
         # The export comes last and tells that all is written; not one that an earlier end of the
         # run left.
-        shutil.rmtree(run.folder / "export", ignore_errors=True)
+        make_room(run.folder / "export")
         write_results(run.folder, results)
         posts = {split: run.splits[split].posts for split in evaluations}
         write_predictions(run.folder / "predictions", evaluations, posts)

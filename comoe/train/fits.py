@@ -37,6 +37,7 @@ def plan_posts(
     settings: Mapping[str, Any],
     *,
     device: torch.device | None,
+    local_ranks: int = 0,
 ) -> MemoryPlan:
     """The memory plan of a run, from a model without weights; every rank must call it.
 
@@ -48,6 +49,7 @@ def plan_posts(
         collator: of the run.
         settings: complete DeepSpeed configuration.
         device: of this rank, where the run must fit; None plans for other machines.
+        local_ranks: that a start would have on this machine; 0 is those that are here.
 
     Raises:
         ValueError: as ``build_model``; or a machine of the run is too small.
@@ -56,18 +58,20 @@ def plan_posts(
         objective = build_model(recipe, splits, collator, shape=True)
     plan = plan_run(recipe, layout, objective.model, splits["train"], settings)
     if device is not None:
-        problem = too_large(plan, objective, device=device)
+        problem = too_large(plan, objective, device=device, ranks=local_ranks)
         if found := next(filter(None, all_gather_objects(problem)), ""):
             raise ValueError(found)
     return plan
 
 
-def too_large(plan: MemoryPlan, objective: nn.Module, *, device: torch.device) -> str:
+def too_large(
+    plan: MemoryPlan, objective: nn.Module, *, device: torch.device, ranks: int = 0
+) -> str:
     """Why this machine cannot hold its ranks of the plan; empty where it may."""
     # Queues of embeddings and the like, which no weight counts.
     held = sum(each.numel() * each.element_size() for each in objective.buffers())
     sure = held + sum(part.device_bytes for part in plan.parts if part.name not in ROUGH)
-    rough, ranks = held + plan.device_bytes, int(os.environ.get("LOCAL_SIZE", "1"))
+    rough, ranks = held + plan.device_bytes, ranks or int(os.environ.get("LOCAL_SIZE", "1"))
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
         return _problem(plan, sure, rough, have, "this GPU") or _problem(

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
+import psutil
+
 Environment = Mapping[str, str]
 
 LOOPBACK = "127.0.0.1"
@@ -187,6 +189,24 @@ LAUNCHERS: dict[str, Callable[[Environment], RankPlace | None]] = {
     "slurm": _slurm,
 }
 """Launcher -> reader of its variables, the most particular first: torchrun may run inside of a Slurm step."""
+
+
+RANK_BYTES = 1 << 28
+"""Main memory that a rank takes at least, before it has a model: the libraries alone."""
+
+
+def check_ranks(asked: int | None) -> None:
+    """Refuse, before any is started, ranks that this machine cannot hold.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    have = psutil.virtual_memory().total + psutil.swap_memory().total
+    if asked is not None and asked * RANK_BYTES > have:
+        raise ValueError(
+            f"--ranks is {asked:,}; each takes {RANK_BYTES >> 20} MiB and more, and this machine has "
+            f"{have / 2**30:,.1f} GiB: at most {have // RANK_BYTES:,}."
+        )
 
 
 def start_ranks_here(asked: int | None) -> int | None:

@@ -19,6 +19,7 @@ from comoe.evaluation.evaluate import check_chosen_metric
 from comoe.inference.teacher import DISTILLED, find_teachers
 from comoe.models.vision.tower import image_side
 from comoe.starter.registry import home, resolve
+from comoe.train.seen_before import posts_seen_before
 from comoe.train.state import total_steps
 
 Made = TypeVar("Made")
@@ -42,6 +43,7 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
         if teachers and task.rules.scored and task.name not in known
     ]
     corpus.report.notes += _first_stage(recipe, corpus)
+    corpus.report.warnings += posts_seen_before(recipe, corpus) if is_main() else []
     corpus.report.notes += [
         f"task {name}: its head starts at the texts of its labels"
         + (", unless model.start_from knows the task" if recipe.model.start_from else "")

@@ -10,7 +10,10 @@ from typing import Any
 from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
-from comoe.train.run_folder import OWN_SETTINGS
+from comoe.train.run_folder import FILLED_SETTINGS, MARK, OWN_SETTINGS
+
+OF_A_RUN = (MARK, OWN_SETTINGS, FILLED_SETTINGS, "tasks.json")
+"""Files of a run folder, whichever version wrote it; a recipe may be called config.yaml too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Request:
     """Plan the dry run for so many GPUs; 0 for this machine."""
     verify: bool = True
     """Compare the digests of the checkpoint to resume."""
+    ranks: int = 0
+    """Plan the dry run for so many ranks of this machine; 0 for those that are here."""
 
 
 def load_requested(request: Request) -> Recipe:
@@ -56,6 +61,11 @@ def load_requested(request: Request) -> Recipe:
     if not saved.is_file():
         raise ValueError(
             f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
+        )
+    if not any((request.resume / name).is_file() for name in OF_A_RUN):
+        raise ValueError(
+            f"--resume {request.resume}: the folder has a config.yaml and nothing else of a run; begin one with "
+            f"--config {saved}."
         )
     recipe = load_saved_recipe(saved, request.overrides)
     router, key = recipe.train.router_learning_rate, "train.router_learning_rate"

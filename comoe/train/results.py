@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comoe.config.files import atomic_file, plain, read_json
-from comoe.data.posts import PostSplit
+from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.files import json_line
 from comoe.data.reading.inputs import pair_in_training
 from comoe.distributed import broadcast_object, is_main, world_size
@@ -101,10 +100,14 @@ def gaps_by_split(
 def write_predictions(
     folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]
 ) -> None:
-    """A file per split and task. Posts without any label are in all of them; ``data_set`` tells them apart."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """A file per split and task, in the place of earlier ones; other files in the folder stay.
+
+    Posts without any label are in all of them; ``data_set`` tells them apart.
+    """
+    for older in (file for split in PART_NAMES for file in (folder / split).glob("*.jsonl")):
+        older.unlink()
     for split, evaluation in evaluations.items():
-        (folder / split).mkdir(parents=True)
+        (folder / split).mkdir(parents=True, exist_ok=True)
         for task, rows in evaluation.predictions.items():
             with atomic_file(folder / split / f"{task}.jsonl", "w") as file:
                 for row in rows:

@@ -111,7 +111,7 @@ def run_request(
     settings = deepspeed_settings(request, recipe)
     if request.dry_run:
         # All of it, whose last word is that of a start.
-        print_dry_run(recipe, settings, device=device, gpus=request.gpus)
+        print_dry_run(recipe, settings, device=device, gpus=request.gpus, ranks=request.ranks)
     if taken:
         raise ValueError(taken)
     if request.dry_run:

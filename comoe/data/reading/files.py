@@ -239,7 +239,7 @@ def csv_rows(
     """Comma separated, quoted where needed, names of the columns in the first line.
 
     Raises:
-        ValueError: the line that names the columns is damaged, or names one twice.
+        ValueError: the line that names the columns is missing or damaged, or names one twice.
     """
     lines = numbered_lines(pieces, file)
     header: list[str] | None = None
@@ -268,6 +268,8 @@ def csv_rows(
                 met.first_joined = met.first_joined if met.joined else (first, last)
                 met.joined += 1
             yield first, dict(zip(header, cells, strict=True))
+    if header is None:
+        raise ValueError(f"{file} is empty; its first line must name the columns.")
 
 
 Numbered = tuple[int, str, BadRow | None]

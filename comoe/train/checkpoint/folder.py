@@ -11,6 +11,7 @@ from comoe.config.files import write_json
 from comoe.distributed import broadcast_object, is_main
 from comoe.inference.checkpoint_folder import (
     BEST,
+    STEP,
     named_best,
     sorted_checkpoints,
     step_of,
@@ -74,6 +75,8 @@ def prune(folder: Path, *, keep: int) -> None:
     # A broken one must not take the place of a whole one that could be resumed from.
     whole, _ = sorted_checkpoints(folder)
     spared = {*whole[-max(1, keep) :], named_best(folder)}
-    for path in [*folder.glob("step-*"), *folder.glob(f"{ASIDE}*")]:
+    # A copy that the user made, such as step-00000120.bak, stays.
+    steps = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name)]
+    for path in [*steps, *folder.glob(f"{ASIDE}*")]:
         if path not in spared:
             shutil.rmtree(path)

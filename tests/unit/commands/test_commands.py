@@ -53,6 +53,40 @@ def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "argument --restarts: '-1' must be a whole number, at least 0",
         ),
+        (["--versoin"], 2, "--versoin is no option of comoe; did you mean --version? ("),
+        (
+            ["predict", "--ouput", "x"],
+            2,
+            "error: --ouput is no option of comoe predict; did you mean --output?",
+        ),
+        (["eval", "-d=x"], 2, "-d is no option of comoe eval; did you mean --data? ("),
+        (
+            ["report", "x", "--wieght=w"],
+            2,
+            "--wieght is no option of comoe report; did you mean --weight?",
+        ),
+        (
+            ["serve", "x", "--zzzz"],
+            2,
+            "error: --zzzz is no option of comoe serve (--help lists all)",
+        ),
+        (
+            ["train", "smoke", "--dry-rum"],
+            2,
+            "--dry-rum is no option of comoe train; did you mean --dry-run?",
+        ),
+        (["train", "smoke", "--epochs=3"], 2, "; did you mean train.epochs=3, without dashes?"),
+        (
+            ["tune", "--model.moe.topk", "1"],
+            2,
+            "; did you mean model.moe.top_k=..., without dashes?",
+        ),
+        (["select", "--", "--modle"], 2, "error: the following arguments are required: --model"),
+        (
+            ["export", "--checkpoint", "x", "--output", "y", "-3"],
+            2,
+            "error: unrecognized arguments: -3",
+        ),
     ],
 )
 def test_what_is_no_command_is_said(

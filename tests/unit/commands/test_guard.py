@@ -102,6 +102,14 @@ BAD = {
                  "device tpu:9 cannot be used here"),
     "a folder as output": (evaluate, ["--model", "{}/export", "--data", "in.jsonl", "--output", "{}"],
                            "Is a directory"),
+    "a summary over the posts": (predict, ["--model", "{}/export", "--input", "in.txt", "--output", "out",
+                                           "--json-summary", "./in.txt"], "would replace what --input names"),
+    "a summary over the predictions": (predict, ["--model", "{}/export", "--input", "in.txt", "--output", "out",
+                                                 "--json-summary", "out"], "would replace what --output names"),
+    "a summary over the model": (predict, ["--model", "{}/export", "--input", "in.txt", "--output", "out",
+                                           "--json-summary", "export/config.json"], "would replace what --model names"),
+    "scores over the model": (evaluate, ["--model", "{}/export", "--data", "in.jsonl", "--output",
+                                         "export/manifest.json"], "is a file of the model"),
     "a foreign checkpoint": (export, ["--checkpoint", "{}/export", "--output", "{}/new"], "holds no whole checkpoint"),
 }  # fmt: skip
 

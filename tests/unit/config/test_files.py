@@ -225,6 +225,16 @@ def test_what_is_read_is_told_under_every_name(tmp_path: Path) -> None:
     assert is_read_from(tmp_path / "folder/test.jsonl", folder) and is_read_from(data, folder)
     assert not is_read_from(folder / "new.json", folder)
     assert not is_read_from(tmp_path / "other", data)
+    before = os.dup(0)
+    try:
+        with data.open() as file:  # as a shell does for "< test.jsonl"
+            os.dup2(file.fileno(), 0)
+        assert is_read_from(tmp_path / "hard", Path("-"))
+        assert not is_read_from(Path("/dev/null"), Path("-"))
+        assert not is_read_from(tmp_path / "other", Path("-"))
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 CELLS = {

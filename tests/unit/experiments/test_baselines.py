@@ -17,6 +17,7 @@ from comoe.experiments.classical import Examples, lexicon, majority, naive_bayes
 from comoe.experiments.compare.command import run_comparison
 from comoe.experiments.compare.plan import plan_arms
 from comoe.experiments.lexicon import applies, by_words, read_lexicon
+from comoe.train.run_folder import MARK
 from tests.helpers_compare import MODEL, arguments, experiment_of
 
 WORDS = {"positive": "good great", "negative": "bad awful", "neutral": "today plain"}
@@ -106,6 +107,21 @@ def test_classical_arms_predict_the_posts_of_the_recipe_and_stand_in_one_report(
     assert run_comparison(given) == [] and len(before) == 8
     assert before == {file: file.stat().st_mtime_ns for file in before}
     capsys.readouterr()
+
+
+def test_a_classical_run_has_the_mark_of_a_run_and_replaces_nothing_of_others(experiment):
+    given = arguments(experiment, arms="majority")
+    assert run_comparison(given) == []
+    folder = experiment.runs / "majority-s0"
+    assert (folder / MARK).is_file()
+    (folder / "results.json").unlink()  # cut short: the next call makes it again
+    assert run_comparison(given) == [] and (folder / "results.json").is_file()
+    for name in ("results.json", MARK):
+        (folder / name).unlink()
+    before = (folder / "predictions/validation/mood.jsonl").stat().st_mtime_ns
+    (failed,) = run_comparison(given)
+    assert "holds files that no run of comoe wrote" in experiment.problem(failed)
+    assert (folder / "predictions/validation/mood.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_trained_arm_is_compared_with_a_classical_one_on_the_same_posts(experiment):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from comoe.config.files import lock_beside, locked
 from comoe.inference.checkpoint_folder import whats_wrong
-from comoe.inference.export import Backbone, export_checkpoint, export_model
+from comoe.inference.export import Backbone, export_checkpoint, export_model, make_room
 from comoe.inference.exported import load_exported
 from comoe.inference.model_card import model_card
 from comoe.train.checkpoint.folder import find_checkpoint
@@ -281,6 +281,29 @@ def test_a_folder_of_an_export_with_files_of_others_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"holds files that comoe did not write \(.git/HEAD\)"):
         export_tiny(tmp_path, seed=2)
     assert (tmp_path / "export/.git/HEAD").read_text() == "years of work"
+
+
+def test_an_export_of_an_older_version_is_replaced_and_what_is_no_part_of_it_is_not(tmp_path):
+    export_tiny(tmp_path, seed=1)
+    (tmp_path / "export/manifest.json").unlink()
+    export_tiny(tmp_path, seed=2)
+    (tmp_path / "export/manifest.json").unlink()
+    (tmp_path / "export/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"files that comoe did not write \(thesis.txt\)"):
+        export_tiny(tmp_path, seed=3)
+
+
+def test_a_run_sets_an_export_with_files_of_others_aside(tmp_path, capsys):
+    for number, content in enumerate(["mine", "mine too"], start=1):
+        export_tiny(tmp_path)
+        (tmp_path / "export/notes.txt").write_text(content)
+        make_room(tmp_path / "export")
+        assert f"(notes.txt); it was renamed to export.kept-{number}\n" in capsys.readouterr().err
+        assert (tmp_path / f"export.kept-{number}/notes.txt").read_text() == content
+    export_tiny(tmp_path)
+    make_room(tmp_path / "export")
+    make_room(tmp_path / "export")
+    assert not (tmp_path / "export").exists() and capsys.readouterr().err == ""
 
 
 def test_two_exports_to_one_folder_do_not_meet(tmp_path):

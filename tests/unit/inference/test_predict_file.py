@@ -232,7 +232,11 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
     (tmp_path / "in.pdf").write_text("x")
     (tmp_path / "link.txt").symlink_to("in.txt")
     (tmp_path / "in.txt").write_text("good\n")
+    (tmp_path / "none.csv").write_text("")
+    weights = predictor.exported.folder / "model.safetensors"
     for source, target, format, message in (
+        ("none.csv", "out", "jsonl", "none.csv is empty; its first line must name the columns"),
+        ("in.txt", weights, "jsonl", "model.safetensors is a file of the model"),
         ("in.csv", "out", "jsonl", "--text-column is 'text', but .* did you mean txet"),
         ("none.txt", "out", "jsonl", "none.txt: there is no such file"),
         ("in.pdf", "out", "jsonl", r"\.pdf is not an ending that can be read.*\.csv.*\.txt"),

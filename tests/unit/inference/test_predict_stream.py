@@ -23,7 +23,7 @@ from helpers_ranks import forking
 from comoe.config.failure import REMEDIES, sentence
 from comoe.data.reading import files, stream
 from comoe.data.reading.stream import open_stream
-from comoe.inference import engines, parquet, predict_file, windows
+from comoe.inference import engines, parquet, predict_file, windows, writers
 from comoe.inference.journal import Journal
 from comoe.inference.options import PredictOptions
 from comoe.inference.predictor import Predictor
@@ -287,6 +287,22 @@ def test_only_the_same_run_is_resumed_and_a_fresh_one_says_what_it_gives_up(
     (tmp_path / ".out.jsonl.journal").write_bytes(b"no data base" * 100)
     with pytest.raises(ValueError, match="journal is damaged"):
         predict(predictor, source, target, resume=True)
+
+
+def test_a_table_goes_on_with_its_own_columns_alone(predictor, tmp_path, monkeypatch):
+    source, target = write_input(tmp_path, "a.jsonl", ROWS[:300]), tmp_path / "out.csv"
+    killed(predictor, source, target, after=1, format="csv")
+    monkeypatch.setitem(writers.REMARKS, "cut", ["cut"])  # as another version may call it
+    with pytest.raises(ValueError, match="the columns was .*,truncated, is now .*,cut. Give the"):
+        predict(predictor, source, target, format="csv", resume=True)
+
+
+def test_a_folder_of_parquet_files_of_others_stays(predictor, tmp_path):
+    source = write_input(tmp_path, "a.jsonl", ROWS[:3])
+    (tmp_path / "years").mkdir()
+    parquet_of(tmp_path / "years/part-00000.parquet", ROWS[:2])
+    with pytest.raises(ValueError, match="part-00000.parquet holds no predictions"):
+        predict(predictor, source, tmp_path / "years", format="parquet")
 
 
 def test_equal_texts_are_predicted_once_whatever_else_is_in_their_rows(

@@ -171,6 +171,16 @@ def test_files_are_looked_at_before_anything_is_predicted(tmp_path):
             )
 
 
+@pytest.mark.parametrize("name", ["posts.csv", "posts.json"])
+def test_files_of_others_in_the_folder_are_not_replaced(name, predictor, tmp_path):
+    (tmp_path / "posts.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("years of work")
+    with pytest.raises(ValueError, match=f"{name} is there, without the interface.xml"):
+        select_file(predictor, tmp_path / "posts.txt", tmp_path / "out", PredictOptions(), count=1)
+    assert (tmp_path / "out" / name).read_text() == "years of work"
+
+
 def test_a_packed_input_is_read_as_a_stream(predictor, tmp_path):
     (tmp_path / "posts.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode()))
     options = PredictOptions(tasks=["mood"])

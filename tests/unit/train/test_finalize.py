@@ -52,9 +52,14 @@ def test_predictions_name_the_data_set_of_each_post(tmp_path):
         {"row": 0, "text": "a", "gold": None, "label": "x"},
         {"row": 1, "text": "b", "gold": "x", "label": "x"},
     ]
+    (tmp_path / "p/test").mkdir(parents=True)
+    for name in ("test/sarcasm.jsonl", "test/of a user.csv", "new.jsonl"):
+        (tmp_path / "p" / name).write_text("{}")
     write_predictions(
         tmp_path / "p", {"test": Evaluation({}, {}, {"irony": rows})}, {"test": posts}
     )
+    found = {path.name for path in (tmp_path / "p").rglob("*.*")}
+    assert found == {"irony.jsonl", "of a user.csv", "new.jsonl"}
     lines = (tmp_path / "p/test/irony.jsonl").read_text(encoding="utf-8").splitlines()
     written = [json.loads(line) for line in lines]
     assert written == [rows[0] | {"data_set": "hate"}, rows[1] | {"data_set": "irony"}]

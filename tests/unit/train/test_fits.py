@@ -52,6 +52,11 @@ def test_what_is_sure_must_fit_and_what_is_rough_must_fit_roughly(
         assert "most of it" in problem and "--gpus N" in problem
 
 
+def test_a_dry_run_counts_the_ranks_that_a_start_would_have(memory):
+    assert not too_large(plan(weights=50), module(), device=CPU, ranks=2)
+    assert "for 3 ranks" in too_large(plan(weights=50), module(), device=CPU, ranks=3)
+
+
 def test_offloaded_state_counts_in_main_memory(memory):
     parts = (MemoryPart("weights", 50), MemoryPart("moments of adamw", 0, 51))
     assert too_large(MemoryPlan(parts, ""), module(), device=CPU)

@@ -10,6 +10,7 @@ import pytest
 from comoe.train.launchers import (
     LAUNCHERS,
     RankPlace,
+    check_ranks,
     first_host,
     place_of_rank,
     refuse_restarts_under_torchrun,
@@ -109,6 +110,13 @@ def test_restarts_are_refused_where_torchrun_holds_the_port(monkeypatch):
     refuse_restarts_under_torchrun(0)
     with pytest.raises(ValueError, match="--restarts does not work under torchrun"):
         refuse_restarts_under_torchrun(3)
+
+
+def test_ranks_that_a_machine_cannot_hold_are_refused_before_one_is_started():
+    check_ranks(None)
+    check_ranks(2)
+    with pytest.raises(ValueError, match="--ranks is 1,000,000,000; each takes 256 MiB .*at most"):
+        check_ranks(10**9)
 
 
 RANKS = '''

@@ -119,6 +119,7 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
 def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path):
     written = "tasks: {mood: {path: mood.csv}}\ntrain: {seed: 1}\n"
     (tmp_path / "config.yaml").write_text(written)
+    (tmp_path / "deepspeed.json").write_text("{}")
     rate = "train.router_learning_rate"
     assert load_requested(Request(resume=tmp_path)).train.router_learning_rate is None
     with pytest.raises(ValueError, match=f"{rate} is auto, but .* was begun with None"):
@@ -126,3 +127,9 @@ def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path):
     (tmp_path / "config.yaml").write_text(written.replace("seed: 1", "router_learning_rate: 0.1"))
     now = load_requested(Request(resume=tmp_path, overrides=[f"{rate}=0.2"]))
     assert now.train.router_learning_rate == 0.2
+
+
+def test_a_folder_with_a_recipe_alone_is_no_run_to_resume(tmp_path):
+    (tmp_path / "config.yaml").write_text("tasks: {mood: {path: mood.csv}}\n")
+    with pytest.raises(ValueError, match="has a config.yaml and nothing else of a run; begin one"):
+        load_requested(Request(resume=tmp_path))

@@ -146,7 +146,12 @@ def test_pruning_keeps_the_newest_whole_ones_and_the_best(tmp_path):
     truncate(tmp_path / "step-00000007")
     make_checkpoint(tmp_path, 8).rename(tmp_path / ".writing-step-00000008")
     mark_best(tmp_path, 2)
+    (tmp_path / "step-00000001.bak").mkdir()
+    (tmp_path / "step-notes.txt").write_text("a user's own")
     prune(tmp_path, keep=2)
+    assert (tmp_path / "step-00000001.bak").is_dir() and (tmp_path / "step-notes.txt").is_file()
+    (tmp_path / "step-00000001.bak").rmdir()
+    (tmp_path / "step-notes.txt").unlink()
     assert steps(tmp_path) == [2, 5, 6]
     assert not (tmp_path / ".writing-step-00000008").exists()
 

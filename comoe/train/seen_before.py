@@ -1,0 +1,83 @@
+"""Posts of evaluation that a teacher, or the model that a run starts from, was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from comoe.config.load import load_saved_recipe
+from comoe.config.recipe import Recipe
+from comoe.data.corpus import Corpus, load_corpus, shared_posts
+from comoe.data.held_out import split_seed
+from comoe.data.posts import PART_NAMES, PostSplit
+from comoe.starter.registry import resolve
+
+
+def posts_seen_before(recipe: Recipe, corpus: Corpus) -> list[str]:
+    """One sentence for each earlier model and split of which it has learned posts, as far as that can be told.
+
+    An export has no posts; the recipe of its run has, which lies in the folder above it. It is read
+    again where it names a data set of this run, and may have held out other posts of it.
+
+    Args:
+        recipe: of this run.
+        corpus: its posts.
+    """
+    named = [("model.start_from", recipe.model.start_from)]
+    named += [("distill.teachers", path) for path in recipe.distill.teachers]
+    return [
+        sentence
+        for key, path in named
+        if path is not None
+        for sentence in _of_model(f"{key} ({path})", Path(path).expanduser(), recipe, corpus)
+    ]
+
+
+def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterator[str]:
+    saved = export.resolve().parent / "config.yaml"
+    if not saved.is_file():
+        return
+    try:
+        theirs = _without_models(load_saved_recipe(saved))
+        if not _places(theirs) & _places(recipe) or _held_out_by(theirs) == _held_out_by(recipe):
+            return
+        known = _texts(load_corpus(theirs).splits["train"])
+    except (ValueError, OSError) as error:
+        yield f"{name}: whether it has learned posts that this run is evaluated on cannot be told ({error})"
+        return
+    for split in PART_NAMES[1:]:
+        posts = corpus.splits.get(split, ())
+        if len(posts) and (repeated := shared_posts(_texts(posts), known=known)):
+            yield (
+                f"{name} was trained on {repeated:,} of the {len(posts):,} {split} posts of this run, so that scores "
+                "are too high; its recipe held out others (data.split_seed, fractions, stratify, tasks.<name>.splits and "
+                "hold_out)"
+            )
+
+
+def _without_models(recipe: Recipe) -> Recipe:
+    """With the folder of a ready-made data.root; no encoder is fetched for that."""
+    vision = replace(recipe.model.vision, tower=None)
+    model = replace(recipe.model, encoder="none", vision=vision)
+    return resolve(replace(recipe, model=model), progress=False)
+
+
+def _places(recipe: Recipe) -> set[Path]:
+    root = Path(recipe.data.root or ".").expanduser()
+    return {(root / Path(task.path).expanduser()).resolve() for task in recipe.tasks.values()}
+
+
+def _held_out_by(recipe: Recipe) -> tuple:
+    """What decides which posts a run learns from, and which it is evaluated on."""
+    data, tasks = recipe.data, recipe.tasks
+    read = {
+        name: (task.path, task.format, task.subset, task.splits, task.hold_out, task.label)
+        for name, task in tasks.items()
+    }
+    fractions = (data.validation_fraction, data.test_fraction, data.stratify)
+    return split_seed(recipe)[1], fractions, data.root, read
+
+
+def _texts(posts: PostSplit) -> PostSplit:
+    return replace(posts, images=[None] * len(posts))
