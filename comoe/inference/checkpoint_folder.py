@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from comoe.config.errors import unknown_name
@@ -54,13 +54,15 @@ def write_manifest(folder: Path, *, spared: Sequence[str] = (), **about: Any) ->
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """``MANIFEST`` of a folder; an empty one where it is damaged or missing."""
+    """``MANIFEST`` of a folder; an empty one where it is damaged or missing, or names a file outside of it."""
     try:
         manifest = read_json(folder / MANIFEST)
-        dict(manifest["files"].items()), dict(manifest.get("sha256", {}).items())
+        names = [*manifest["files"].keys(), *manifest.get("sha256", {}).keys()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return manifest
+    # Exports are copied by it, and may be a stranger's.
+    paths = [PureWindowsPath(name) for name in names]  # which takes / and \ both
+    return {} if any(path.anchor or ".." in path.parts for path in paths) else manifest
 
 
 def is_part_of(path: Path, folder: Path) -> bool:

@@ -15,7 +15,7 @@ import comoe.hub
 from comoe.commands import predict, push
 from comoe.inference.checkpoint_folder import write_manifest
 from comoe.inference.exported import load_exported
-from comoe.inference.hub import find_export, push_export
+from comoe.inference.hub import copy_export, find_export, push_export
 from comoe.inference.model_card import model_card
 from comoe.inference.predictor import Predictor
 
@@ -159,6 +159,25 @@ def test_a_malicious_export_executes_nothing(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="names the plugin evil, whose code would run"):
         load_exported(folder, verify=False)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/x.json", "a/../../outside/x.json", "{}/outside/x.json", "..\\x"]
+)
+def test_a_manifest_names_no_file_outside_of_its_folder(name, tmp_path):
+    export_tiny(tmp_path / "theirs")
+    folder = tmp_path / "theirs/export"
+    (tmp_path / "theirs/outside").mkdir()
+    (tmp_path / "theirs/outside/x.json").write_text("{}")  # a download may hold it
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name.format(tmp_path / "theirs")] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "outside").mkdir()
+    with pytest.raises(ValueError, match="its manifest is damaged"):
+        copy_export(folder, tmp_path / "copy")
+    assert not list((tmp_path / "outside").iterdir())
+    with pytest.raises(ValueError, match="its manifest is damaged"):
+        load_exported(folder)
 
 
 def test_the_card_names_no_path_and_no_user(tmp_path):
