@@ -94,10 +94,11 @@ class Parser(ArgumentParser):
                 meant = ends[0] if ends else nearest(bare, paths)
                 return f"; did you mean {meant or bare}={value or '...'}, without dashes?"
         names = {option.lstrip("-"): option for option in known}
-        guess = nearest(bare, names) or next(
-            (n for n in names if len(bare) == 1 and n[0] == bare), ""
-        )
-        return f"; did you mean {names[guess]}?" if guess else ""
+        guess = nearest(bare, names)
+        # A letter stands for none of them here, as it does in other programs.
+        guesses = [guess] if guess else [each for each in names if bare == each[:1] != each]
+        meant = " or ".join(names[each] for each in guesses)
+        return f"; did you mean {meant}?" if meant else ""
 
 
 def new_parser(word: str, description: str) -> ArgumentParser:

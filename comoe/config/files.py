@@ -50,10 +50,10 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def written_directly(path: Path) -> bool:
-    """Whether a file is a pipe or a device, which cannot be replaced."""
-    other = path.exists() and not path.is_file() and not path.is_dir()
+    """Whether a path is a pipe or a device, which cannot be replaced."""
     # /dev/stdout may lead to a plain file; /dev/shm is a folder like others.
-    return path.parent in (Path("/dev"), Path("/dev/fd")) or other
+    here = path.parent in (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+    return here or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def _written_aside(path: Path, mode: str, text: Mapping[str, str]) -> Iterator[IO]:
@@ -144,7 +144,7 @@ def check_target(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not path.exists() or path.is_file():
+    if not written_directly(path):
         part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{PART}")
         with doing("writing", path):
             part.touch(exist_ok=False)

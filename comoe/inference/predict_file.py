@@ -66,14 +66,7 @@ def predict_file(
     writer = make_writer(predictor, options)
     if options.adapts:
         writer = Adapted(writer, options)
-    if is_read_from(target, Path(source)):
-        raise ValueError(f"--output {target} is the --input itself; name another file.")
-    if is_part_of(target, predictor.exported.folder):
-        raise ValueError(f"--output {target} is a file of the model; name another file.")
-    if Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
-        raise ValueError(
-            f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
-        )
+    _refuse_read(target, Path(source), predictor)
     writer.check(target)
     with contextlib.ExitStack() as stack:
         kept = target if stack.enter_context(_only_one(target)) else None
@@ -98,6 +91,18 @@ def predict_file(
         why = f"see {target}; the first: {counts.first_error.rstrip('.')}"
         raise ValueError(f"none of the {counts.posts} posts of {source} could be predicted, {why}.")
     return summary
+
+
+def _refuse_read(target: Path, source: Path, predictor: Predictor) -> None:
+    """ValueError for an output over what is read: posts or model."""
+    if is_read_from(target, source):
+        raise ValueError(f"--output {target} is the --input itself; name another file.")
+    if is_part_of(target, predictor.exported.folder):
+        raise ValueError(f"--output {target} is a file of the model; name another file.")
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise ValueError(
+            f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
+        )
 
 
 def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: Journal) -> Summary:

@@ -95,6 +95,8 @@ class JsonLines:
 
     def check(self, target: Path) -> None:
         """Refuse an output that could not be replaced."""
+        if target.is_dir():
+            raise ValueError(f"--output {target} is a folder; name a file.")
 
     def head(self) -> dict[str, str]:
         """What a resumed run must have in common with the lines that are written, once ``begin`` was called."""

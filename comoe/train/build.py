@@ -62,7 +62,7 @@ def build_run(
     if is_main():
         print(*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}", sep="\n")
     on_ready()
-    found = checkpoint_to_resume(folder, typed, corpus.tasks, verify=verify) if resume else None
+    found = checkpoint_to_resume(folder, typed, collator, verify=verify) if resume else None
     engine, state = start_engine(objective, recipe, settings, layout, found)
     monitor = Monitor(
         folder, enabled=is_main(), tasks=corpus.tasks, recipe_text=recipe_to_yaml(typed), shown=recipe.run,

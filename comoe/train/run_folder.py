@@ -119,6 +119,31 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
                 )
 
 
+def check_same_words(folder: Path, tokenizer: Any) -> None:
+    """Refuse to go on with another vocabulary than a run learned, which its export will have.
+
+    Args:
+        folder: of the run.
+        tokenizer: of this start.
+
+    Raises:
+        ValueError: more than a hundredth of its words have another number.
+    """
+    from comoe.data.tokens.vocabulary import load_tokenizer  # brings in transformers
+
+    place = folder / "tokenizer"
+    if not place.is_dir():
+        return
+    began, now = load_tokenizer(str(place)).get_vocab(), tokenizer.get_vocab()
+    other = [word for word, number in began.items() if now.get(word) != number]
+    if 100 * len(other) > len(began):
+        raise ValueError(
+            f"model.encoder has another vocabulary than {folder} learned: {len(other):,} of {len(began):,} words, such "
+            f"as {other[0]!r}, are not there or have another number; give the encoder that the run was begun with, or "
+            "begin a new run with another run.name."
+        )
+
+
 def begun_in_bf16(folder: Path) -> bool | None:
     """Precision of the run in the folder; None where it was not yet begun."""
     filled = folder / FILLED_SETTINGS
@@ -213,11 +238,13 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         own_settings: the DeepSpeed JSON as it was read.
     """
     folder = run.folder
-    if not (folder / "tokenizer").is_dir():
+    # A start without a checkpoint may have been resumed with another encoder.
+    if run.state.step == 0 or not (folder / "tokenizer").is_dir():
         aside = folder / ".tokenizer.part"
         shutil.rmtree(aside, ignore_errors=True)
         with doing("writing", folder / "tokenizer"):
             run.collator.tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         aside.replace(folder / "tokenizer")
     if run.collator.pixels is not None:
         # Next to the tokenizer, as a part of preprocessing.

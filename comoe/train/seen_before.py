@@ -51,7 +51,7 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
         if len(posts) and (repeated := shared_posts(_texts(posts), known=known)):
             yield (
                 f"{name} was trained on {repeated:,} of the {len(posts):,} {split} posts of this run, so that scores "
-                "are too high; its recipe held out others (data.split_seed, fractions, stratify, tasks.<name>.splits and "
+                "are too high; its recipe held out others (data.split_seed, fractions, stratify, tasks.<name>.splits, "
                 "hold_out)"
             )
 

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from comoe.config.recipe import Recipe
+from comoe.data.collator import Collator
 from comoe.distributed import broadcast_object, is_main, rank
 from comoe.inference.checkpoint_folder import checkpoint_of, whats_wrong
 from comoe.losses.objective import Objective
-from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import Found, find_checkpoint, mark_best
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, seed_random
-from comoe.train.run_folder import check_same_groups, check_same_tasks
+from comoe.train.run_folder import check_same_groups, check_same_tasks, check_same_words
 from comoe.train.state import TrainState
 
 
 def checkpoint_to_resume(
-    folder: Path, recipe: Recipe, tasks: Sequence[Task], *, verify: bool
+    folder: Path, recipe: Recipe, collator: Collator, *, verify: bool
 ) -> Found | None:
     """The newest whole checkpoint of a run, whose recipe must still fit; None where there is none.
 
     Args:
         folder: of the run.
         recipe: as the user wrote it.
-        tasks: as this start has them.
+        collator: with tasks and tokenizer as this start has them.
         verify: compare digests.
 
     Raises:
-        ValueError: tasks or parameter groups are not those that the run began with.
+        ValueError: tasks, words or parameter groups are not those that the run began with.
     """
     found = find_checkpoint(folder / "checkpoints", verify=verify)
     if found is None:
         if is_main():
             print(f"{folder} has no checkpoint yet: starting at step 0.")
         return None
-    check_same_tasks(folder, tasks)
+    check_same_tasks(folder, collator.tasks)
+    check_same_words(folder, collator.tokenizer)
     check_same_groups(folder, recipe)
     if is_main():
         for problem in found.broken:

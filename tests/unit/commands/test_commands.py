@@ -59,7 +59,7 @@ def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "error: --ouput is no option of comoe predict; did you mean --output?",
         ),
-        (["eval", "-d=x"], 2, "-d is no option of comoe eval; did you mean --data? ("),
+        (["eval", "-d=x"], 2, "-d is no option of comoe eval; did you mean --device or --data? ("),
         (
             ["report", "x", "--wieght=w"],
             2,

@@ -19,12 +19,14 @@ import pytest
 from comoe.augment.output import Journal
 from comoe.config.files import (
     atomic_file,
+    check_target,
     csv_line,
     is_read_from,
     lock_beside,
     locked,
     read_csv_text,
     write_atomic,
+    written_directly,
 )
 
 
@@ -74,6 +76,18 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     write_atomic(tmp_path / "link", "ours")
     assert (tmp_path / "other").read_text() == "theirs"
     assert (tmp_path / "link").read_text() == "ours" and not (tmp_path / "link").is_symlink()
+
+
+def test_memory_below_dev_is_a_folder_like_others_and_a_device_is_not() -> None:
+    assert written_directly(Path("/dev/stdout")) and written_directly(Path("/dev/fd/1"))
+    check_target(Path("/dev/stdout"))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        path = Path(place) / "x"
+        assert not written_directly(path)
+        with atomic_file(path, "w") as file:
+            file.write("x")
+            assert not path.exists()
+        assert path.read_text() == "x"
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:

@@ -240,6 +240,7 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
         ("in.csv", "out", "jsonl", "--text-column is 'text', but .* did you mean txet"),
         ("none.txt", "out", "jsonl", "none.txt: there is no such file"),
         ("in.pdf", "out", "jsonl", r"\.pdf is not an ending that can be read.*\.csv.*\.txt"),
+        ("in.txt", ".", "jsonl", "is a folder; name a file"),
         ("in.txt", "in.txt", "jsonl", "is the --input itself"),
         ("in.txt", "link.txt", "jsonl", "is the --input itself"),
         ("in.csv", "out", "jsno", "jsno.*did you mean json"),

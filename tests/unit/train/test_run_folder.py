@@ -9,6 +9,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from helpers_export import tiny_tokenizer
+from transformers import BertTokenizerFast
 
 import comoe.train.run_folder as module
 from comoe.config.recipe import Recipe
@@ -19,6 +21,7 @@ from comoe.train.run_folder import (
     begun_in_bf16,
     check_same_groups,
     check_same_tasks,
+    check_same_words,
     refuse_taken,
     take,
 )
@@ -171,6 +174,21 @@ def test_a_run_does_not_go_on_with_rates_by_layer_that_it_began_without(tmp_path
         check_same_groups(tmp_path, recipe)
     (tmp_path / "config.yaml").write_text("tasks: {a: {path: a}}\ntrain: {layer_decay: 0.8}\n")
     check_same_groups(tmp_path, recipe)
+
+
+def test_a_run_does_not_go_on_with_the_words_of_another_encoder(tmp_path):
+    check_same_words(tmp_path, None)  # no tokenizer yet
+    ours = tiny_tokenizer(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "tokenizer")
+    check_same_words(tmp_path, ours)
+    file = tmp_path / "ours/vocab.txt"
+    words = file.read_text().splitlines()
+    file.write_text("\n".join([*words[:-4], *reversed(words[-4:])]) + "\n")
+    other = BertTokenizerFast(vocab=str(file))
+    with pytest.raises(
+        ValueError, match=f"another vocabulary .*: 4 of {len(words)} words, such as"
+    ):
+        check_same_words(tmp_path, other)
 
 
 def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(tmp_path):
