@@ -48,6 +48,12 @@ WRITTEN = ("runs", "logs", "failed", "plots", "table.md", "table.csv", "gains.cs
            "tuning.json", "study.db", "tune.md", "importance.png", "best.yaml")  # fmt: skip
 """What experiments write, or make folders of, in their output folder beside their settings."""
 
+OTHERS = ("compare.json", "scale.json", "tune.json")
+"""Settings of experiments, the marks of their folders."""
+
+OF_RUNS = (".begun", "config.yaml", "results.json")
+"""A folder with one of them is that of a run."""
+
 print_now = partial(print, flush=True)
 
 
@@ -138,12 +144,7 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
     )
     file = experiment.output / file_name
     if not file.is_file():
-        # The settings are the mark of a folder of ours.
-        if taken := [name for name in WRITTEN if os.path.lexists(experiment.output / name)]:
-            raise ValueError(
-                f"{experiment.output} holds files of something else ({', '.join(taken)}, and no {file_name}), which "
-                "would be replaced: choose another --output, or move them away."
-            )
+        _refuse_foreign(experiment, file_name)
         experiment.runs.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text + "\n")
         return
@@ -158,6 +159,19 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
         raise ValueError(
             f"{experiment.output} holds an experiment with {difference}; its runs cannot be compared. Choose another "
             f"--output, or make the two agree."
+        )
+
+
+def _refuse_foreign(experiment: Experiment, file_name: str) -> None:
+    """ValueError for an output folder without settings that holds something else than finished or begun runs."""
+    output, runs = experiment.output, experiment.runs
+    found = [path for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
+    ours = found and all(any((path / name).is_file() for name in OF_RUNS) for path in found)
+    names = OTHERS if ours else (*OTHERS, *WRITTEN)
+    if taken := [name for name in names if os.path.lexists(output / name)]:
+        raise ValueError(
+            f"{output} holds files of something else ({', '.join(taken)}, and no {file_name}), which would be "
+            "replaced: choose another --output, or move them away."
         )
 
 
