@@ -16,6 +16,7 @@ from comoe.reporting.figures import cross_figure, reliability_svg, shares_figure
 from comoe.reporting.report import (
     MAX_LABELS,
     MAX_SLICES,
+    OPEN,
     OTHER_KIND,
     UNEXPLAINED,
     ReportOptions,
@@ -29,7 +30,7 @@ def render(report: Mapping[str, Any], *, title: str, options: ReportOptions) -> 
     shown = dict(report)
     shown["tasks"] = [_task(task) for task in report["tasks"]]
     shown["cross"] = [
-        table | {"figure": Markup(cross_figure(
+        table | {"counted": _counted(table, report["weighted_by"]), "figure": Markup(cross_figure(
             np.array(table["share"]), rows=table["row_labels"], columns=table["column_labels"]
         ))}
         for table in report["cross"]
@@ -41,6 +42,18 @@ def render(report: Mapping[str, Any], *, title: str, options: ReportOptions) -> 
         least=options.least,
         most=MAX_SLICES,
         version=__version__,
+    )
+
+
+def _counted(table: Mapping[str, Any], weighted_by: str | None) -> str:
+    """What a cross-table counts, and how many of them each row has."""
+    rows = zip(table["row_labels"], table["counts"], strict=True)
+    each = ", ".join(f"{label} {count:,.6g}" for label, count in rows)
+    if weighted_by is None:
+        return f"{table['posts']:,} posts: {each}."
+    return (
+        f"{table['posts']:,} posts, counted by the sum of their {weighted_by}: {each}. They are worth "
+        f"{table['effective_posts']:,.0f} equally weighted posts, for which V is corrected."
     )
 
 
@@ -64,6 +77,16 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
             f"No mix of labels explains {100 * unexplained:.0f} % of these predictions: the model errs here otherwise "
             "than on the labeled posts, and the corrected shares cannot be trusted."
         )
+    if open_ := _open(task):
+        confusion = np.array(task.get("confusion", ()))
+        only = np.flatnonzero(confusion.sum(0)) if confusion.any() else ()
+        alone = f" (it predicts {task['labels'][only[0]]} alone)" if len(only) == 1 else ""
+        found.append(
+            f"The predictions say next to nothing of the share of {', '.join(open_)}: on the labeled posts the model "
+            f"hardly tells these labels from others{alone}, so nearly any mix explains the predictions, and the "
+            "intervals reach from about 0 to 100 %. Label some 200 of these posts, drawn at random, and give them with "
+            "--gold."
+        )
     if never := task.get("never_labeled"):
         found.append(
             f"No labeled post has {', '.join(never)}, so how the model errs there is not known; its share is a guess."
@@ -80,6 +103,14 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
             "some of these posts and measure again."
         )
     return found
+
+
+def _open(task: Mapping[str, Any]) -> list[str]:
+    """Labels whose corrected interval leaves nearly any share, though there are labeled posts of them."""
+    shares = task.get("corrected", {"low": (), "high": ()})
+    wide = zip(task["labels"], shares["low"], shares["high"], strict=False)
+    never = task.get("never_labeled", ())
+    return [label for label, low, high in wide if high - low > OPEN and label not in never]
 
 
 def _part(task: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:

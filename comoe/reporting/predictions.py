@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 
 from comoe.config.errors import unknown_name
 from comoe.config.files import read_csv_text
-from comoe.data.reading.sources import read_input
+from comoe.data.reading.files import RawSplit
+from comoe.data.reading.sources import format_of, read_input
+from comoe.data.reading.stream import open_stream
 
 ONE, SEVERAL, NUMBER, SPANS = "one label", "several labels", "number", "spans"
 """What a task predicts for a post."""
@@ -81,34 +82,29 @@ class Corpus:
 RESULT_KEYS = ("label", "labels", "value", "spans")
 """What stands under a task in a line of predictions; the first that is there decides."""
 
-CELLS = (".csv", ".tsv")
-"""Endings of files whose rows are flat and whose text may be defused (``csv_line``)."""
+CELLS = ("csv", "tsv")
+"""Formats whose rows are flat and whose text may be defused (``csv_line``)."""
 
 OWN = ("text", "error", "truncated", "windows", "image_error")
 """Keys of a row that are no columns."""
 
 
 def read_corpus(path: Path) -> Corpus:
-    """Read what ``comoe predict`` wrote, jsonl or csv (there tasks that have scores), or a table in that form.
+    """Read what ``comoe predict`` wrote, or a table in that form.
+
+    Args:
+        path: jsonl or csv (there tasks that have scores), also packed; Parquet, a file or a folder of shards.
 
     Raises:
         ValueError: no such file, one that cannot be read, or without a prediction.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
-    raw = read_input("predictions", str(path))
-    if path.suffix.lower() == ".parquet":
-        # An empty cell there is a key that a line of JSON lacks.
-        filled = [
-            {name: cell for name, cell in row.items() if cell is not None} for row in raw.rows
-        ]
-        raw = replace(raw, rows=filled)
+    raw, format = _read_rows(path)
     if any(_is_adapted(row) for row in raw.rows):
         raise ValueError(
             f"{path} was predicted with scores adapted to another mix of labels (prior); a report estimates the mix "
             "itself: predict without --assume-rate and --adapt-prior."
         )
-    rows = _nested(raw.rows) if path.suffix.lower() in CELLS else [dict(row) for row in raw.rows]
+    rows = _nested(raw.rows) if format in CELLS else [dict(row) for row in raw.rows]
     names = dict.fromkeys(key for row in rows for key, cell in row.items() if _kind(cell))
     bad = [str(row) for row in raw.bad]
     for line, row in zip(raw.lines, rows, strict=True):
@@ -132,6 +128,25 @@ def read_corpus(path: Path) -> Corpus:
         truncated=sum(bool(row.get("truncated")) for row in rows),
         bad=tuple(bad),
     )
+
+
+def _read_rows(path: Path) -> tuple[RawSplit, str | None]:
+    """The rows of predictions, and their format."""
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file.")
+    if not path.is_dir():
+        raw, format = read_input("predictions", str(path)), format_of(path)
+    elif next(path.rglob("*.parquet"), None) is None:
+        raise ValueError(f"{path} is a folder without a .parquet file; name the predictions.")
+    else:
+        stream, format = open_stream(str(path)), "parquet"
+        lines, rows = zip(*stream.read(stream.columns), strict=True) if stream.rows else ((), ())
+        raw = RawSplit(str(path), list(rows), list(lines), stream.columns)
+    if format == "parquet":
+        # An empty cell there is a key that a line of JSON lacks.
+        filled = [{key: cell for key, cell in row.items() if cell is not None} for row in raw.rows]
+        raw = replace(raw, rows=filled)
+    return raw, format
 
 
 def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
@@ -321,74 +336,3 @@ def _indicators(chosen: Sequence[Sequence[str] | None], labels: tuple[str, ...])
         for label in some or ():
             values[row, place[label]] += 1
     return values
-
-
-PERIODS = {
-    "hour": "%Y-%m-%d %H:00",
-    "day": "%Y-%m-%d",
-    "week": "%G-W%V",
-    "month": "%Y-%m",
-    "year": "%Y",
-}
-"""``--period`` -> name of the period of a time."""
-
-LONGEST = {"hour": 3, "day": 62, "week": 366, "month": 5 * 366}
-"""Period -> days of a corpus up to which it is chosen."""
-
-
-def read_times(cells: Sequence[Any]) -> list[datetime | None]:
-    """Times in UTC from ISO 8601, seconds since 1970, or Twitter's ``Wed Oct 10 20:19:24 +0000 2018``."""
-    return [_time(cell) for cell in cells]
-
-
-def _time(cell: Any) -> datetime | None:
-    text = str(cell).strip()
-    for read in (_compact, _seconds, datetime.fromisoformat, _twitter):
-        try:
-            found = read(text)
-            found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-        except (ValueError, OverflowError, OSError):
-            continue
-        return found if FIRST_YEAR <= found.year <= LAST_YEAR else None
-    return None
-
-
-FIRST_YEAR, LAST_YEAR = 1990, 2100
-"""A time outside of these is none, as null dates of databases are."""
-
-
-def _compact(text: str) -> datetime:
-    """``20260531``, with hours and minutes, or seconds too."""
-    form = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(text))
-    if form is None or not text.startswith(("19", "20")):
-        raise ValueError
-    return datetime.strptime(text, form)
-
-
-def _seconds(text: str) -> datetime:
-    seconds = float(text)
-    # Milliseconds, where seconds would be after the year 5000.
-    return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
-
-
-def _twitter(text: str) -> datetime:
-    return datetime.strptime(text, TWITTER)
-
-
-TWITTER = "%a %b %d %H:%M:%S %z %Y"
-
-
-def choose_period(times: Sequence[datetime]) -> str:
-    """The period of ``PERIODS`` that fits how long a time these span."""
-    days = (max(times) - min(times)).total_seconds() / 86400
-    return next((period for period, longest in LONGEST.items() if days <= longest), "year")
-
-
-def names_between(first: datetime, last: datetime, period: str) -> list[str]:
-    """Names of all periods from one time to another, in order."""
-    step = timedelta(hours=1) if period == "hour" else timedelta(days=1)
-    names, time = {}, first
-    while time < last:
-        names[time.strftime(PERIODS[period])] = None
-        time += step
-    return [*(names | {last.strftime(PERIODS[period]): None})]

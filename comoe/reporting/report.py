@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from comoe.evaluation.cross_tables import cross_tables
+from comoe.evaluation.cross_tables import Choice, cross_tables, without_table
 from comoe.evaluation.prevalence import (
     Shares,
     corrected_shares,
@@ -21,16 +21,13 @@ from comoe.evaluation.prevalence import (
 from comoe.reporting.predictions import (
     NUMBER,
     ONE,
-    PERIODS,
     SEVERAL,
     SPANS,
     Corpus,
     TaskPredictions,
-    choose_period,
-    names_between,
-    read_times,
 )
 from comoe.reporting.statistics import counts_2x2, told_apart, weighted_mean
+from comoe.reporting.times import PERIODS, choose_period, names_between, read_times
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,9 @@ class ReportOptions:
 
 UNEXPLAINED = 0.03
 """Part of the predictions that no mix explains, from which a warning is given."""
+
+OPEN = 0.9
+"""Width of a corrected interval from which it is said to leave any share."""
 
 MAX_SLICES, MAX_LABELS, MAX_PERIODS = 20, 12, 400
 """Values of a column, labels of a task over time, and periods that are shown."""
@@ -88,10 +88,18 @@ def make_report(
     """
     weights_N = _weights(corpus, options)
     groups, notes = _groups(corpus, options)
+    known = {
+        name: _widened(task, labeled[name].labels)
+        if name in labeled and task.what == labeled[name].what == ONE
+        else task
+        for name, task in corpus.tasks.items()
+    }
     tasks = [
         _Section(corpus, task, labeled.get(name), weights_N, options).made(groups)
-        for name, task in corpus.tasks.items()
+        for name, task in known.items()
     ]
+    choices = _choices(corpus, weights_N)
+    tables = list(cross_tables(choices, weights_N))
     return {
         "source": corpus.source,
         "posts": len(corpus),
@@ -102,7 +110,8 @@ def make_report(
         "effective_posts": effective(weights_N),
         "notes": notes,
         "tasks": tasks,
-        "cross": list(_cross_tables(corpus, weights_N)),
+        "cross": [one.to_dict() for table in tables for one in (table, table.turned)],
+        "cross_left_out": list(without_table(choices)),
     }
 
 
@@ -360,18 +369,21 @@ def _second(shares: Sequence[Shares]) -> Shares:
     return Shares(*three, unexplained=max((one.unexplained for one in shares), default=0.0))
 
 
-def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Each pair of tasks with one label per post, both ways: shares of the second's labels within the first's."""
-    choices = {
+def _choices(corpus: Corpus, weights_N: np.ndarray) -> dict[str, Choice]:
+    """Each task with one label per post; a post without weight has none."""
+    return {
         task.name: (
             task.labels,
-            np.where(task.predicted, np.nan_to_num(task.values).argmax(1), -1),
+            np.where(task.predicted & (weights_N > 0), np.nan_to_num(task.values).argmax(1), -1),
         )
         for task in corpus.tasks.values()
-        if task.what == ONE and len(task.labels) > 1
+        if task.what == ONE
     }
-    # So that the correction of V counts as many posts as the weighted ones are worth.
-    scaled_N = weights_N * effective(weights_N) / weights_N.sum()
-    for table in cross_tables(choices, scaled_N):
-        yield table.to_dict()
-        yield table.turned.to_dict()
+
+
+def _widened(task: TaskPredictions, labels: Sequence[str]) -> TaskPredictions:
+    """With these labels too, which no post has: predictions without scores name those that occur alone."""
+    new = [label for label in labels if label not in task.labels]
+    none_NK = np.where(task.predicted[:, None], 0.0, np.full((len(task.values), len(new)), np.nan))
+    values_NK, scores_NK = (np.hstack([some, none_NK]) for some in (task.values, task.scores))
+    return replace(task, labels=(*task.labels, *new), values=values_NK, scores=scores_NK)

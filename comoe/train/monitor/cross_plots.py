@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comoe.evaluation.cross_tables import CrossTable, cramers_v
+from comoe.evaluation.cross_tables import CrossTable
 from comoe.train.monitor.plots import INK, MAX_NAMED_CLASSES, new_figure
 
 
@@ -53,7 +53,8 @@ def cross_tables_figure(tables: Mapping[str, CrossTable], *, title: str) -> Figu
         panel.tick_params(labelsize=7)
         panel.set_ylabel(table.rows, fontsize=8)
         panel.set_xlabel(table.columns, fontsize=8)
-        posts, v = table.counts_RC.sum(), cramers_v(table.counts_RC, corrected=True)
-        panel.set_title(f"{name}: {posts:,.0f} posts, corrected V = {v:.2f}", fontsize=8)
+        panel.set_title(
+            f"{name}: {table.posts:,} posts, corrected V = {table.corrected_v:.2f}", fontsize=8
+        )
     figure.suptitle(title, fontsize=10)
     return figure

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats.contingency import association
 
 from comoe.config.recipe import RunConfig
-from comoe.evaluation.cross_tables import cramers_v, cross_tables
+from comoe.evaluation.cross_tables import cramers_v, cross_tables, without_table
 from comoe.evaluation.evaluate import Evaluation
 from comoe.tasks.task import Task
 from comoe.train.cross_tables import write_cross_tables
@@ -48,11 +48,18 @@ def test_shares_are_of_the_posts_that_have_both_labels():
     (table,) = cross_tables(labels, np.array([1, 1, 2, 1, 1, 9.0]))
     assert (table.row_labels, table.column_labels) == (("bad", "good"), ("a", "b"))
     assert table.counts_RC.tolist() == [[2, 0], [2, 2]]
+    assert (table.posts, table.worth) == (5, pytest.approx(36 / 8))
+    assert table.corrected_v == cramers_v(table.counts_RC * 0.75, corrected=True)
     assert table.share_RC.tolist() == [[1, 0], [0.5, 0.5]]
     assert table.turned.share_RC.tolist() == [[0.5, 0.5], [0, 1]]
     assert [cell["share_of_column"] for cell in table.cells()] == [0.5, 0, 0.5, 1]
     constant = {"mood": (("bad", "good"), np.zeros(6, int)), "topic": labels["topic"]}
     assert list(cross_tables(constant)) == []
+    assert list(without_table(constant)) == ["mood and topic: all posts have bad as mood."]
+    apart = {"mood": (("bad",), np.array([0, -1])), "topic": (("a",), np.array([-1, 0]))}
+    assert list(cross_tables(apart)) == []
+    assert list(without_table(apart)) == ["mood and topic: no post has both."]
+    assert list(without_table(labels)) == []
 
 
 def test_a_run_writes_its_tables_of_gold_and_predicted_labels_with_a_figure(tmp_path):

@@ -1,5 +1,6 @@
 """A report of predictions: what it reads, what it says, and that it is one safe page."""
 
+import gzip
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +12,7 @@ import pytest
 
 from comoe.commands import main
 from comoe.config.files import csv_line
+from comoe.inference import parquet
 
 SCORES = {"bad": {"bad": 0.9, "good": 0.1}, "good": {"bad": 0.2, "good": 0.8}}
 HOSTILE = '<script>alert("x")</script> 你好 $_$ & <b>'
@@ -182,6 +184,58 @@ def test_cross_table_by_hand(predictions):
     assert found["cramers_v"] == pytest.approx((1e6 / (40 * 60 * 2500)) ** 0.5)
 
 
+def test_weighted_cross_tables_say_what_they_count(predictions):
+    """By hand: 12 posts of weight 1 and 4 of weight 3 are worth (12 + 12)^2 / (12 + 36) = 12."""
+    rows = [
+        {"text": "a", "w": 1 + 2 * (number < 4), "mood": {"label": "bad" if number < 6 else "good"},
+         "other": {"label": "xy"[number % 2]}}
+        for number in range(16)
+    ]  # fmt: skip
+    rows += [{"text": "a", "w": 0, "mood": {"label": "bad"}, "other": {"label": "x"}}]
+    table = report(write(predictions, rows), "--weight", "w")["cross"][0]
+    assert (table["posts"], table["counts"]) == (16, [14, 10])
+    assert table["effective_posts"] == pytest.approx(12)
+    assert (table["cramers_v"], table["cramers_v_corrected"]) == (0, 0)
+    page = predictions.with_suffix(".html").read_text()
+    assert "16 posts, counted by the sum of their w: bad 14, good 10. They are worth 12" in page
+
+
+def test_a_model_that_predicts_one_label_is_explained(predictions, labeled):
+    lines = [json.loads(line) for line in (labeled / "mood.jsonl").read_text().splitlines()]
+    good = {"label": "good", "scores": SCORES["good"]}
+    write(labeled / "mood.jsonl", [one | good for one in lines])
+    # Without scores the predictions do not even name the other label.
+    rows = [
+        {"text": "a", "mood": {"label": "good"}, "other": {"label": "xy"[number % 2]}}
+        for number in range(200)
+    ]
+    found = report(write(predictions, rows), "--labeled", str(labeled))
+    mood = found["tasks"]["mood"]
+    assert mood["labels"] == ["good", "bad"] and mood["counts"] == [200, 0]
+    assert all(low < 0.05 for low in mood["corrected"]["low"])
+    assert all(high > 0.95 for high in mood["corrected"]["high"])
+    assert found["cross"] == []
+    assert found["cross_left_out"] == ["mood and other: all posts have good as mood."]
+    page = predictions.with_suffix(".html").read_text()
+    assert "next to nothing of the share of good, bad" in page
+    assert "(it predicts good alone)" in page and "No table of mood and other: all posts" in page
+
+
+@pytest.mark.parametrize("form", ["p.jsonl.gz", "p.parquet", "shards"])
+def test_other_forms_of_the_same_predictions_give_the_same_report(form, predictions, monkeypatch):
+    monkeypatch.setattr(parquet, "SHARD", 150)
+    monkeypatch.setattr(parquet, "BATCH", 100)
+    expected = report(predictions, "--by", "place", "--time", "when")
+    target = predictions.with_name(form)
+    if form.endswith(".gz"):
+        target.write_bytes(gzip.compress(predictions.read_bytes()))
+    else:
+        tasks = list(expected["tasks"])
+        parquet.write_parquet(predictions, target, kept=["id", "when", "place"], tasks=tasks)
+    found = report(target, "--by", "place", "--time", "when")
+    assert found | {"source": ""} == expected | {"source": ""}
+
+
 def test_times_without_posts_break_the_line_and_bad_cells_end_nothing(predictions):
     rows = [
         row(number, when=f"2026-0{1 if number < 200 else 4}-1{number % 10}")
@@ -284,6 +338,7 @@ BAD = {
     "no task": (["{p}", "--gold", "mod=place"], "mod.*did you mean mood"),
     "no label": (["{p}", "--gold", "mood=place"], "there.* is not a label of task mood"),
     "no file": (["missing.jsonl"], "there is no such file"),
+    "no shards": (["{d}"], "is a folder without a .parquet file"),
     "no column": (["{p}", "--time", "whem"], "whem.*did you mean when"),
     "no times": (["{p}", "--time", "place"], "no cell of place .* is a time"),
     "no weight": (["{p}", "--weight", "place"], "post 1 has 'there' as place"),
@@ -326,7 +381,7 @@ def test_a_file_without_predictions_is_refused(tmp_path):
     ],
 )  # fmt: skip
 def test_times_of_every_form_are_read(cell, expected):
-    from comoe.reporting.predictions import read_times
+    from comoe.reporting.times import read_times
 
     (found,) = read_times([cell])
     assert (found and found.isoformat()[:19]) == expected
