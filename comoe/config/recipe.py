@@ -760,7 +760,13 @@ class TrainConfig:
 
 @section
 class Recipe:
-    """One run, whole."""
+    """One run, whole.
+
+    Example:
+        >>> recipe = comoe.load_recipe("smoke")
+        >>> recipe.tasks["mood"].label, recipe.train.batch_size
+        ('mood', 96)
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     """Name and place."""

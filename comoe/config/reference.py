@@ -71,4 +71,5 @@ def _one_line(docstring: str | None) -> str:
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, with which editors complete and check its YAML."""
     schema = TypeAdapter(Recipe).json_schema()
+    schema["description"] = (Recipe.__doc__ or "").partition("\n")[0]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

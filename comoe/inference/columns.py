@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comoe.config.errors import unknown_name
 from comoe.data.images.decode import BadImage, locate_image
 from comoe.data.text.normalize import is_blank
 from comoe.tasks.labels import whole_characters
@@ -56,6 +57,28 @@ def read_columns(
         else:
             usable.append(number)
     return Posts(texts, pairs, words, images, usable, predictions)
+
+
+COLUMNS = {"text": "texts", "pair": "pairs", "words": "words", "image": "images"}
+"""Key of a post with more than its text -> column of a call."""
+
+
+def columns_of(posts: Sequence[Any]) -> dict[str, list[Any]]:
+    """Posts as the columns of a call: texts, or mappings with keys of ``COLUMNS``, where words stand for a text.
+
+    Raises:
+        ValueError: another key.
+    """
+    rows = [post if isinstance(post, Mapping) else {"text": post} for post in posts]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        if key not in COLUMNS:
+            raise unknown_name("key of a post", str(key), COLUMNS)
+    columns = {name: [row.get(key) for row in rows] for key, name in COLUMNS.items()}
+    columns["texts"] = [
+        " ".join(map(str, words)) if text is None and words else text
+        for text, words in zip(columns["texts"], columns["words"], strict=True)
+    ]
+    return columns
 
 
 def locate_images(posts: Posts, root: Path | None, *, reads_images: bool) -> None:

@@ -12,6 +12,9 @@ from comoe.inference.columns import Posts
 from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task
 
+WINDOW = 1024
+"""Posts of an input without end that are read and predicted together; they are sorted by length within it."""
+
 
 def task_passes(
     posts: Posts, tasks: Sequence[Task], *, as_words: Container[str]

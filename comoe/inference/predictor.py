@@ -6,8 +6,9 @@ same model, and decoded by its task's kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import choose_device
-from comoe.inference.columns import Posts, locate_images, read_columns
+from comoe.inference.columns import Posts, columns_of, locate_images, read_columns
 from comoe.inference.explain import GRADIENTS, Explainer, check_backend, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
 from comoe.inference.hub import copy_export, find_export
 from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
-from comoe.inference.passes import forward_passes, task_passes
+from comoe.inference.passes import WINDOW, forward_passes, task_passes
 from comoe.tasks.task import Task
 
 
@@ -216,6 +217,34 @@ class Predictor(ModelHubMixin):
                 self._pass(posts, reading, (batch_size, batch_tokens), explain=method, bar=bar)
         return predictions
 
+    predict = __call__
+
+    def stream(
+        self, posts: Iterable[Any], *, window: int = WINDOW, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Predictions of posts that are read as they are asked for, in their order, in the memory of a window.
+
+        Args:
+            posts: texts, or mappings with ``text``, ``pair``, ``words`` and ``image``.
+            window: posts that are read before the first of them is predicted.
+            options: as of a prediction, but columns.
+
+        Raises:
+            ValueError: as of a prediction, or a post with another key, when predictions are asked for.
+
+        Example:
+            >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
+            >>> for found in predictor.stream(text for text in ["what a lovely day"] * 2):
+            ...     print(found["mood"]["label"])
+            positive
+            positive
+        """
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1.")
+        rest = iter(posts)
+        while some := list(islice(rest, window)):
+            yield from self(**columns_of(some), **options)
+
     def _pass(
         self,
         posts: Posts,
@@ -264,6 +293,12 @@ class Predictor(ModelHubMixin):
 
         Raises:
             ValueError: as of a prediction; or the method can explain none of the tasks.
+
+        Example:
+            >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
+            >>> (found,) = predictor.explain(["what a lovely day"], tasks=["mood"])
+            >>> [word for word, weight in found["mood"]["attention"]]
+            ['what', 'a', 'lovely', 'day']
         """
         tasks = self.choose_tasks(options.get("tasks"))
         check_explained(method_of(method), tasks, self.exported.model)
@@ -305,6 +340,12 @@ class Predictor(ModelHubMixin):
 
         Raises:
             ValueError: as of a prediction.
+
+        Example:
+            >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
+            >>> one, two = (row["embedding"] for row in predictor.embed(["a good day", "a good day"]))
+            >>> print(f"{one @ two:.3f}")
+            1.000
         """
         chosen = self.choose_tasks(None if task is None else [task])[:1]
         posts = self._read(texts, pairs, words, images, image_root, chosen)

@@ -16,11 +16,9 @@ from typing import Any
 from comoe.data.posts import Post
 from comoe.inference.journal import KNOWN, Journal
 from comoe.inference.options import PredictOptions
+from comoe.inference.passes import WINDOW
 from comoe.inference.predictor import Predictor
 from comoe.inference.writers import JsonLines
-
-WINDOW = 1024
-"""Posts of a window; they are sorted by length within it."""
 
 
 @dataclass(slots=True)

@@ -62,8 +62,9 @@ def train(
         TrainingStopped: training cannot continue (``comoe.train.state``).
 
     Example:
-        >>> folder = comoe.train("smoke", ["train.max_steps=6"])
-        >>> predictor = comoe.Predictor.from_pretrained(folder / "export")
+        >>> folder = comoe.train("smoke", ["run.name=six", "train.max_steps=6"])
+        >>> print(folder, sorted(path.name for path in (folder / "export").glob("*.safetensors")))
+        runs/six ['model.safetensors']
     """
     resumed = None if resume is None else Path(resume)
     watch = Watchdog()

@@ -85,7 +85,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["Predictor", "export_checkpoint", "load_recipe", "score"])
+@pytest.mark.parametrize(
+    "name", ["Predictor", "Recipe", "export_checkpoint", "load_recipe", "score"]
+)
 def test_the_example_prints_what_it_says(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

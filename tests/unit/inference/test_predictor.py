@@ -1,5 +1,6 @@
 """Predictions: the same as the model's own, in the order of the input, none of them lost."""
 
+import itertools
 import json
 
 import numpy as np
@@ -53,6 +54,27 @@ def test_the_batch_size_changes_neither_predictions_nor_their_order(tmp_path, ro
     predictor = tiny_predictor(tmp_path, route_by=route_by)
     expected = [predictor([text], explain=True)[0] for text in TEXTS]
     assert_same(predictor(TEXTS, batch_size=batch_size, explain=True), expected)
+
+
+def test_a_stream_without_end_is_read_window_by_window(predictor):
+    posts = ["good day", {"words": ["ann", "in", "paris"]}, {"text": "bad", "pair": "rain"}, 7]
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            read.append(number)
+            yield posts[number % 4]
+
+    found = list(itertools.islice(predictor.stream(endless(), window=3, tasks=["mood"]), 5))
+    assert len(read) == 6 and found[3]["error"] == "the text must be text, not int"
+    texts, pairs = ["good day", "ann in paris", "bad", 7], [None, None, "rain", None]
+    words = [None, ["ann", "in", "paris"], None, None]
+    expected = predictor.predict(texts, pairs=pairs, words=words, tasks=["mood"])
+    assert_same(found, [*expected, expected[0]])
+    with pytest.raises(ValueError, match="txt is not a key of a post; did you mean text"):
+        list(predictor.stream([{"txt": "good day"}]))
+    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+        next(predictor.stream(posts, window=0))
 
 
 def test_bad_texts_keep_their_place_and_say_why(predictor):
