@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import sys
 from argparse import (
@@ -165,10 +167,23 @@ def add_model(parser: ArgumentParser) -> None:
 
 def load_predictor(given: Namespace, **more: Any) -> Predictor:
     """The model of the options of ``add_model``; ``more`` goes to ``Predictor.from_pretrained``."""
-    from comoe.inference.predictor import Predictor
-
     more |= {"device": given.device, "verify": not given.no_verify, "revision": given.revision}
-    return Predictor.from_pretrained(given.model, **more)
+    with _no_collection():
+        from comoe.inference.predictor import Predictor
+
+        return Predictor.from_pretrained(given.model, **more)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, nobody looks for garbage: modules and weights stay, and set off one search after another."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def add_columns(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Look at this machine: versions, devices, compiler, ports, memory, disk, starter kit, and one short training step.
+"""Look at this machine: versions, devices, compiler, ports, network, memory, disk, starter kit, and one training step.
 
     comoe doctor
     comoe doctor --no-step
@@ -97,7 +97,9 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
         word = OK if free > total / 2 else WARNING
-        yield word, f"GPU {number}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        major, minor = torch.cuda.get_device_capability(number)
+        shown = f"GPU {number}: {name}, compute capability {major}.{minor}"
+        yield word, f"{shown}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if lacking := gpu_lacks_bf16():
         yield WARNING, f"{lacking}: training is in float32"
     if not torch.cuda.is_available():
@@ -136,13 +138,38 @@ def _ports() -> Iterator[Finding]:
             FAULT,
             f"no connection to a port of this machine ({error}): ranks cannot meet; look at its firewall",
         )
+
+
+def _network() -> Iterator[Finding]:
+    import socket
+    from ipaddress import ip_address
+
+    from comoe.config.hub_access import why_unreachable
+
+    name = socket.gethostname()
     try:
-        socket.getaddrinfo(socket.gethostname(), 9)
+        found = dict.fromkeys(place[0] for *_, place in socket.getaddrinfo(name, 9))
+        if all(ip_address(address.partition("%")[0]).is_loopback for address in found):
+            yield (
+                WARNING,
+                f"the name {name} leads to {', '.join(found)}, which other machines do not reach: for runs on several "
+                "name its address (--master_addr, MASTER_ADDR)",
+            )
+        else:
+            yield OK, f"this machine is {name}, {', '.join(found)}"
     except OSError:
         yield (
             WARNING,
-            f"the name {socket.gethostname()} has no address: add it to /etc/hosts for runs on several machines",
+            f"the name {name} has no address: add it to /etc/hosts for runs on several machines",
         )
+    if why := why_unreachable():
+        yield (
+            WARNING,
+            f"the Hugging Face hub does not answer ({why}): name folders, fetch models and data into its cache before, "
+            "or set HF_ENDPOINT to a mirror",
+        )
+    else:
+        yield OK, "the Hugging Face hub answers"
 
 
 def _memory() -> Iterator[Finding]:
@@ -215,6 +242,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "devices": _devices,
     "compiler": _compiler,
     "ports": _ports,
+    "network": _network,
     "memory": _memory,
     "disk": _disk,
     "starter kit": _kit,

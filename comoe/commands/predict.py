@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.inference.options import PredictOptions
-    from comoe.inference.predict_file import predict_file
 
     _check_summary(options)
     if options.format is None:
@@ -90,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = load_predictor(
         options, precision=options.precision, backend=options.backend, threads=options.threads
     ).with_long(options.long, scores=options.long_scores, overlap=options.long_overlap)
+    from comoe.inference.predict_file import predict_file
+
     done = predict_file(predictor, options.input, options.output, asked)
     print(done, file=sys.stderr)
     if options.json_summary == "-":

@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import socket
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import Request, getproxies, urlopen
 
 SWITCHES = ("huggingface_hub.constants", "datasets.config")
 """Modules with a switch ``HF_HUB_OFFLINE``; the second may not be installed."""
@@ -40,6 +42,25 @@ def cached_where_unreachable(name: str) -> Iterator[None]:
     finally:
         for module in changed:
             module.HF_HUB_OFFLINE = False
+
+
+def why_unreachable(*, seconds: float = 5.0) -> str:
+    """Why the hub does not answer here; empty where it does. It is asked once, through a proxy where one is set.
+
+    Args:
+        seconds: to wait for its answer.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
+            return ""
+    except HTTPError:
+        return ""  # an answer
+    except (OSError, HTTPException, ValueError) as error:
+        return str(getattr(error, "reason", None) or error or type(error).__name__)
 
 
 def _has_address(url: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from comoe import __version__
 from comoe.commands import train as train_command
-from comoe.commands.arguments import take_recipe
+from comoe.commands.arguments import load_predictor, take_recipe
 from comoe.commands.main import COMMANDS, main
 from comoe.experiments.cluster import plan
 
@@ -158,3 +159,14 @@ def test_a_plan_takes_whole_numbers_above_0(flag, text):
         ValueError, match=f"--{flag} holds '{re.escape(text)}', which must be a whole number"
     ):
         plan._count(f"--{flag}", text)
+
+
+def test_a_model_is_loaded_without_a_look_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comoe.inference.predictor import Predictor
+
+    collects: list[bool] = []
+    monkeypatch.setattr(
+        Predictor, "from_pretrained", lambda *_, **__: collects.append(gc.isenabled())
+    )
+    load_predictor(Namespace(model="m", device="cpu", no_verify=False, revision=None))
+    assert collects == [False] and gc.isenabled()

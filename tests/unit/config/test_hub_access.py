@@ -5,9 +5,10 @@ import time
 
 import datasets
 import pytest
+from helpers_hub import served
 from huggingface_hub import constants
 
-from comoe.config.hub_access import cached_where_unreachable
+from comoe.config.hub_access import cached_where_unreachable, why_unreachable
 from comoe.data.reading.tables import load_hub
 
 
@@ -46,3 +47,15 @@ def test_a_folder_and_a_proxy_ask_nobody(asked, tmp_path, monkeypatch):
     with cached_where_unreachable("nobody/nothing"):
         assert not constants.HF_HUB_OFFLINE
     assert asked == []
+
+
+def test_a_hub_that_answers_is_told_from_one_that_does_not(asked, monkeypatch):
+    assert why_unreachable() == "[Errno -2] Name or service not known" and asked == ["hub.invalid"]
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with served("secret") as (_, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        assert why_unreachable() == ""
+    assert "refused" in why_unreachable(seconds=2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert why_unreachable() == "HF_HUB_OFFLINE is set"
