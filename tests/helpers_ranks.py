@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ["torch", "transformers", "deepspeed", "datasets", "comoe.train.build"]
+PRELOADED = [
+    "torch", "transformers", "transformers.models.bert.modeling_bert", "deepspeed", "datasets", "setuptools", "pytest",
+    "comoe.train.build", "comoe.train.finalize", "comoe.train.run",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine loads it, and with it torch._dynamo
+]  # fmt: skip
 SHARED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """Environment of every rank, which the libraries read when they are imported."""
 

@@ -261,11 +261,11 @@ def describe(annotation: Any, *, value: Any = NOTHING) -> str:
     else:
         text = _WORDS.get(base, "a section (key: value lines)")
     conditions = annotation.__metadata__ if base is not annotation else ()
-    conditions = [each for each in conditions if _is_told(each, value)]
+    conditions = [each for each in conditions if _is_shown(each, value)]
     return ", ".join([text, *filter(None, map(_condition, conditions))])
 
 
-def _is_told(condition: Any, value: Any) -> bool:
+def _is_shown(condition: Any, value: Any) -> bool:
     if not isinstance(condition, Limit):
         return True
     return not condition.usual if value is NOTHING else condition.broken(value)

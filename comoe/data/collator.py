@@ -198,11 +198,11 @@ class Collator:
             ]
             labels[task.name] = task.rules.collate(targets, labels=task.labels, length=length)
             if task.name in split.soft:
-                told = [
+                given = [
                     None if post < 0 else soft_of(split, task, post, row)
                     for post, row in zip(of_task, rows, strict=True)
                 ]
-                soft[task.name] = task.rules.collate_soft(told, labels=task.labels, length=length)
+                soft[task.name] = task.rules.collate_soft(given, labels=task.labels, length=length)
             if task.mode == "decoder" and not task.label_words:
                 column = split.posts.labels[task.name]
                 texts[task.name] = [None if post < 0 else column[post] for post in of_task]

@@ -41,8 +41,6 @@ class RoutingSummary:
     where ``share_LE`` cannot: at k = E every expert gets the same number of routes."""
     weight_LTE: np.ndarray
     """The same among the tokens of one task."""
-    score_LE: np.ndarray
-    """Mean score of each expert over all real tokens, selected or not."""
     by_layer: Mapping[str, np.ndarray]
     """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task;
     expert) of the routes, and of the gate weights weight_monopoly, weight_effective_experts and
@@ -117,14 +115,13 @@ class RoutingStats:
         self.layers = tuple(layers) if layers is not None else tuple(range(num_layers))
         assert len(self.layers) == num_layers, (self.layers, num_layers)
         self.first_decoder_layer = first_decoder_layer
-        self.num_experts = max(
-            num_experts, 1
-        )  # A model without experts has no layers either: an empty table.
+        # A model without experts has no layers either: an empty table.
+        self.num_experts = max(num_experts, 1)
         # Row T of the task axis holds every labeled token once: with several labels per post the
-        # tasks' rows overlap. Last axis: selections, sum of weights and sum of scores per expert;
-        # entropy of scores, squared weights, squared norms of update and state; selected experts
+        # tasks' rows overlap. Last axis: selections and sum of weights per expert; entropy of
+        # scores, squared weights, squared norms of update and state; selected experts
         # above 0.5, tokens.
-        shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 6)
+        shape = (num_layers, len(self.tasks) + 1, 2 * self.num_experts + 6)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._histogram_LH = torch.zeros(
             (num_layers, HISTOGRAM_BINS), dtype=torch.float64, device=device
@@ -156,7 +153,7 @@ class RoutingStats:
             strong_S1 = (selected_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
             shares_SE = scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(1e-300)
             parts = [
-                *(selected_SE, weights_SE, scores_SE),
+                *(selected_SE, weights_SE),
                 torch.special.entr(shares_SE).sum(dim=1, keepdim=True),
                 weights_SE.square().sum(dim=1, keepdim=True),
                 routing.energies_S2.double(),
@@ -189,11 +186,9 @@ class RoutingStats:
         """The measures of this window; copies the sums to the CPU."""
         sums = self._sums.cpu().numpy()
         experts = self.num_experts
-        counts, weights, scores = (
-            sums[..., part * experts : (part + 1) * experts] for part in range(3)
-        )
+        counts, weights = sums[..., :experts], sums[..., experts : 2 * experts]
         entropies, squares, updates, states, strong, tokens = np.moveaxis(
-            sums[..., 3 * experts :], -1, 0
+            sums[..., 2 * experts :], -1, 0
         )
         share = _ratio(counts, counts.sum(axis=-1, keepdims=True))
         weight_share = _ratio(weights, weights.sum(axis=-1, keepdims=True))
@@ -221,7 +216,6 @@ class RoutingStats:
             share_LTE=share[:, :-1],
             weight_LE=weight_share[:, -1],
             weight_LTE=weight_share[:, :-1],
-            score_LE=_ratio(scores[:, -1], tokens[:, -1:]),
             by_layer=by_layer,
             by_task={name: values[:, :-1] for name, values in measures.items()},
             histogram_LH=self._histogram_LH.cpu().numpy(),

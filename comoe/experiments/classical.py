@@ -144,8 +144,8 @@ def _per_label(
             return logits_NY
 
         return of_one, features * len(present)
-    told = [label for label, column in enumerate(examples.gold.T) if len(np.unique(column)) == 2]
-    models = {label: fitted(examples.gold[:, label]) for label in told}
+    varied = [label for label, column in enumerate(examples.gold.T) if len(np.unique(column)) == 2]
+    models = {label: fitted(examples.gold[:, label]) for label in varied}
 
     def of_each(texts: Sequence[str]) -> np.ndarray:
         logits_NY = constant(texts)
@@ -154,7 +154,7 @@ def _per_label(
             logits_NY[:, label] = yes - no
         return logits_NY
 
-    return of_each, features * len(told)
+    return of_each, features * len(varied)
 
 
 NEVER = 20.0

@@ -71,12 +71,12 @@ def shifted(task: Task, rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dic
             for metric in ("accuracy", "macro_f1"):
                 value = METRICS[metric](gold, predicted, labels)
                 found.setdefault(f"{metric} {name}", []).append(value)
-    told = {name: _interval(values) for name, values in found.items()}
+    intervals = {name: _interval(values) for name, values in found.items()}
     for metric in ("accuracy", "macro_f1"):
         for name in ("assumed", "em"):
             gain = np.subtract(found[f"{metric} {name}"], found[f"{metric} as it is"])
-            told[f"{metric} gain {name}"] = _interval(gain)
-    return told | {"rate error em": _interval(errors)}
+            intervals[f"{metric} gain {name}"] = _interval(gain)
+    return intervals | {"rate error em": _interval(errors)}
 
 
 def _interval(values: Sequence[float]) -> list[float]:
@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "predictions; train with this comoe."
         )
     write_json(options.output, found)
-    for name, told in found.items():
-        for what, (mean, low, high) in told.items():
+    for name, intervals in found.items():
+        for what, (mean, low, high) in intervals.items():
             print(f"{name:<12} {what:<24} {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 

@@ -50,10 +50,10 @@ def head(method: str | None) -> str:
 def post_block(prediction: Mapping[str, Any], tasks: Sequence[str], kept: Sequence[str]) -> str:
     """One post: a line of the predictions as HTML."""
     lines = [f"<article><h2>{_text(prediction.get('text'))}</h2>"]
-    told = [f"{_text(name)}: {_text(prediction.get(name))}" for name in kept]
-    told += ["cut to the model's length"] if prediction.get("truncated") else []
-    told += [f"read in {prediction['windows']} windows"] if "windows" in prediction else []
-    lines += [f'<p class="note">{" · ".join(told)}</p>'] if told else []
+    notes = [f"{_text(name)}: {_text(prediction.get(name))}" for name in kept]
+    notes += ["cut to the model's length"] if prediction.get("truncated") else []
+    notes += [f"read in {prediction['windows']} windows"] if "windows" in prediction else []
+    lines += [f'<p class="note">{" · ".join(notes)}</p>'] if notes else []
     for key in ("error", "image_error"):
         lines += [f'<p class="bad">{_text(prediction[key])}</p>'] if key in prediction else []
     for task in tasks:
@@ -99,8 +99,8 @@ def _score(found: Mapping[str, Any], scores: Any) -> str:
     if not isinstance(scores, Mapping):
         return ""
     named = found.get("labels") or [found.get("label")]
-    told = [f"{scores[label]:.2f}" for label in named if label in scores]
-    return f" {', '.join(told)}" if told else ""
+    shares = [f"{scores[label]:.2f}" for label in named if label in scores]
+    return f" {', '.join(shares)}" if shares else ""
 
 
 def _adapted(found: Mapping[str, Any]) -> str:

@@ -38,8 +38,8 @@ def labeling_task(
         if task.name in prediction
         for kind, value in _results(prediction[task.name], data[TEXT])
     ]
-    told = {"model_version": model, "result": results}
-    return {"data": dict(data), "predictions": [told if score is None else told | {"score": score}]}
+    made = {"model_version": model, "result": results}
+    return {"data": dict(data), "predictions": [made if score is None else made | {"score": score}]}
 
 
 def _results(found: Mapping[str, Any], text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -152,14 +152,14 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
 def _say_where(journal: Journal, posts: PostStream, target: Path) -> None:
     of = "" if posts.rows.total is None else f" of {posts.rows.total:,}"
     if journal.discarded:
-        said = f"an unfinished run had predicted {journal.discarded:,} posts; begun anew, as --resume was not given"
+        message = f"an unfinished run had predicted {journal.discarded:,} posts; begun anew, as --resume was not given"
     elif journal.posts:
-        said = f"{journal.posts:,}{of} posts are predicted already; going on behind them"
+        message = f"{journal.posts:,}{of} posts are predicted already; going on behind them"
     elif posts.options.resume:
-        said = f"nothing to resume beside {target}; starting at the first post"
+        message = f"nothing to resume beside {target}; starting at the first post"
     else:
         return
-    print(said, file=sys.stderr)
+    print(message, file=sys.stderr)
 
 
 @contextlib.contextmanager

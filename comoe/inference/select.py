@@ -221,8 +221,8 @@ class Selector:
                 yield None
                 continue
             found = [unsureness(prediction[task.name], task, self.strategy) for task in self.sure]
-            told = [value for value in found if value is not None]
-            priority = float(np.mean(told)) if told else float(self._random.random())
+            values = [value for value in found if value is not None]
+            priority = float(np.mean(values)) if values else float(self._random.random())
             yield Candidate(priority, -number, post, prediction)
 
     def _unlike(self, kept: list[Candidate], count: int, root: Any) -> list[Candidate]:

@@ -118,12 +118,12 @@ def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, 
 
 
 def _counted(found: Selection, source: Path | str) -> str:
-    told = {
+    counted = {
         "labeled already": found.excluded,
         "like an earlier one": found.repeated,
         "without a prediction": found.unusable,
     }
-    listed = ", ".join(f"{number:,} {what}" for what, number in told.items() if number)
+    listed = ", ".join(f"{number:,} {what}" for what, number in counted.items() if number)
     return f"{source} has {found.seen:,}" + (f", of these {listed}" if listed else "")
 
 

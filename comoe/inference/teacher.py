@@ -242,8 +242,8 @@ class _Known:
         ) as bar:
             for chunk in mine:
                 some = posts.take(np.array(chunk))
-                said = ask(predictor, some, self.teacher, done=bar.update)
-                made.append(([keys[post] for post in chunk], said))
+                soft = ask(predictor, some, self.teacher, done=bar.update)
+                made.append(([keys[post] for post in chunk], soft))
                 self._save(*made[-1])
         for share in all_gather_objects(made):
             for found in share:
@@ -257,21 +257,21 @@ class _Known:
     def _add(self, found: tuple[Sequence[bytes], Mapping[str, SoftLabels]] | None) -> None:
         if found is None:
             return
-        keys, said = found
+        keys, soft = found
         start = sum(map(len, next(iter(self.parts.values()))))
         for place, key in enumerate(keys):
             self.places.setdefault(key, start + place)
-        for name, labels in said.items():
+        for name, labels in soft.items():
             self.parts[name].append(labels)
 
-    def _save(self, keys: Sequence[bytes], said: Mapping[str, SoftLabels]) -> None:
+    def _save(self, keys: Sequence[bytes], soft: Mapping[str, SoftLabels]) -> None:
         if self.cache_dir is None:
             return
         path = self.cache_dir / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npz"
         if _load(path, self.teacher.tasks) is not None:
             return
         arrays = {"posts": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32)}
-        for name, labels in said.items():
+        for name, labels in soft.items():
             arrays |= {f"{name}.values": labels.values_RY, f"{name}.offsets": labels.offsets}
         with cache_file(path) as file:
             np.savez(file, **arrays)
@@ -294,7 +294,7 @@ def _load(
     try:
         with np.load(path, allow_pickle=False) as stored:
             keys = [row.tobytes() for row in stored["posts"]]
-            said = {
+            soft = {
                 name: SoftLabels(stored[f"{name}.values"], stored[f"{name}.offsets"])
                 for name in tasks
             }
@@ -302,9 +302,9 @@ def _load(
         return None
     whole = all(
         len(labels) == len(keys) and labels.offsets[-1] == len(labels.values_RY)
-        for labels in said.values()
+        for labels in soft.values()
     )
-    return (keys, said) if whole else None
+    return (keys, soft) if whole else None
 
 
 @torch.inference_mode()
@@ -377,7 +377,7 @@ def _of_batch(
         mine_B = task.rules.serves(batch.task_ids_B, predictor.exported.tasks.index(task))
         places = (mine_B & (batch.row_ids_B >= 0)).nonzero()[:, 0].tolist()
         found = task.rules.outputs(output, batch, places, task=task)
-        said = task.rules.soft_labels(task.rules.stack(found, task)[0], task).numpy()
-        for one, values in zip(found, said, strict=True):
+        soft = task.rules.soft_labels(task.rules.stack(found, task)[0], task).numpy()
+        for one, values in zip(found, soft, strict=True):
             rows = values[: len(one.logits)] if task.mode == "tokens" else values[None]
             yield task.name, one.row, rows

@@ -175,7 +175,7 @@ def train_in_ranks(
     home: Path,
     overrides: Sequence[str] = (),
     *,
-    config: str = SMOKE,
+    config: str | Path = SMOKE,
     settings: str | Path | None = None,
     resume: Path | None = None,
     killed_at: int | None = None,
@@ -186,7 +186,7 @@ def train_in_ranks(
         ranks: number of them.
         home: ``COMOE_HOME``.
         overrides: ``key=value`` options.
-        config: recipe, from the repository's folder.
+        config: recipe; a relative path begins at the repository's folder.
         settings: name in ``ds_configs/``, or a file; None is the run's own with ``resume``, else ZeRO 2.
         resume: run folder.
         killed_at: SIGKILL to every rank once this step is in the log; fails as a dead rank does.

@@ -84,7 +84,7 @@ def test_eval_measures_what_the_run_measured(smoke_run, terminal, home, tmp_path
 
 def test_a_file_that_is_not_there_is_one_sentence(smoke_run, terminal, tmp_path):
     missing, model = tmp_path / "none.txt", smoke_run.folder / "export"
-    done = terminal.python(
+    done = terminal.here(
         "launch/predict.py", "--model", model, "--input", missing, "--output", tmp_path / "x",
     )  # fmt: skip
     assert (done.code, done.err) == (

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from typing import Any
 
 import pytest
@@ -155,10 +154,3 @@ def test_a_bad_start_is_refused_in_one_sentence(what, refused):
 
 def test_every_bad_start_has_its_test(refused):
     assert set(refused) == set(EXPECTED)
-
-
-def test_help_is_instant_and_shows_the_commands(terminal):
-    done = terminal.run(sys.executable, "-X", "importtime", "launch/train.py", "--help")
-    assert done.code == 0
-    assert "deepspeed launch/train.py --deepspeed ds_configs/zero2.json" in done.out
-    assert not re.search(r"\| +(torch|transformers|deepspeed)$", done.err, re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from comoe.data.images.check import HowToCheck, check_images
-from tests.end_to_end.commands import Terminal, read_lines
+from tests.end_to_end.commands import LEAN, Terminal, read_lines, train_in_ranks
 from tests.helpers_images import LIMITS, encoded, noise, place_damaged, unusual
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 TURNS = 5
 GOOD = 100
 RECIPE = {
-    "run": {"name": "damaged", "histograms": False},
+    "run": {"name": "damaged"},
     "model": {
         "encoder": "smoke:encoder",
         "vision": {"tower": "smoke:vision", "train_tower": True},
@@ -80,12 +80,9 @@ def test_a_run_with_many_damaged_images_ends_well_and_names_each(terminal, folde
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     runs = folder.parent / "runs"
-    done = terminal.python(
-        "launch/train.py", "--config", folder / "recipe.yaml", f"run.output_dir={runs}"
-    )
-
-    assert done.code == 0, done.said
-    assert f"set aside: {count} rows" in done.out and "  image: too many pixels: 20" in done.out
+    words = [*LEAN, f"run.output_dir={runs}"]
+    said = train_in_ranks(1, home, words, config=folder / "recipe.yaml", settings="zero2")
+    assert f"set aside: {count} rows" in said and "  image: too many pixels: 20" in said
     listed = {row["line"]: row for row in read_lines(runs / "damaged" / "set_aside.jsonl")}
     assert sorted(listed) == list(range(1, count + 1))
     for line, (cell, reason, words) in enumerate(damaged, start=1):

@@ -1,7 +1,6 @@
 """Ranks, expert parallelism and ZeRO stage change nothing, from the first loss to the export."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from tests.end_to_end.commands import (
     LEAN,
     SMOKE,
     TASKS,
-    Terminal,
     deepspeed,
     losses,
     read_lines,
@@ -29,9 +27,8 @@ PAPER = (
 )
 
 
-def train(terminal: Terminal, runs: Path, *words: str | Path) -> Path:
-    done = terminal.run(*words, "--config", SMOKE, f"run.output_dir={runs}", *COMMON)
-    assert done.code == 0, done.out + done.err
+def train(ranks: int, home: Path, runs: Path, settings: str, *words: str) -> Path:
+    train_in_ranks(ranks, home, [f"run.output_dir={runs}", *COMMON, *words], settings=settings)
     return runs / "smoke"
 
 
@@ -42,16 +39,19 @@ def layout_of(run: Path) -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, shared_terminal) -> Path:
-    """Plain ``python launch/train.py``, with all defaults of the command."""
-    return train(shared_terminal, tmp_path_factory.mktemp("one"), sys.executable, "launch/train.py")
+    """The launcher without a number of ranks, which is one rank on a CPU."""
+    runs, words = tmp_path_factory.mktemp("one"), deepspeed(1)
+    where = words.index("--num_accelerators")
+    del words[where : where + 2]
+    done = shared_terminal.run(*words, "--config", SMOKE, f"run.output_dir={runs}", *COMMON)
+    assert done.code == 0, done.out + done.err
+    return runs / "smoke"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, home) -> Path:
     """Two ranks that share the experts, ZeRO 3: what is hardest to put together again."""
-    runs = tmp_path_factory.mktemp("two")
-    train_in_ranks(2, home, [f"run.output_dir={runs}", *COMMON], settings="zero3")
-    return runs / "smoke"
+    return train(2, home, tmp_path_factory.mktemp("two"), "zero3")
 
 
 def test_one_process_has_one_rank(one_process):
@@ -64,21 +64,12 @@ def test_two_ranks_with_zero_3_have_the_losses_of_one_process(one_process, two_r
 
 
 def test_the_papers_gate_on_four_ranks_in_two_expert_groups_has_the_losses_of_one_rank(
-    tmp_path, terminal, home
+    tmp_path, home
 ):
-    # The other half of the README's commands: the launcher without a number of ranks is one rank on
-    # a CPU.
-    alone = train(terminal, tmp_path / "one", *without_number(deepspeed(1)), *PAPER)
-    words = [f"run.output_dir={tmp_path / 'four'}", *COMMON, *PAPER, "parallel.ep_size=2"]
-    train_in_ranks(4, home, words, settings="zero1")
-    four = tmp_path / "four" / "smoke"
+    alone = train(1, home, tmp_path / "one", "zero2", *PAPER)
+    four = train(4, home, tmp_path / "four", "zero1", *PAPER, "parallel.ep_size=2")
     assert layout_of(alone) == (1, 1, 2) and layout_of(four) == (4, 2, 1)
     np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
-
-
-def without_number(words: list[str | Path]) -> list[str | Path]:
-    where = words.index("--num_accelerators")
-    return words[:where] + words[where + 2 :]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.end_to_end.commands import ROOT, SMOKE
+from tests.end_to_end.commands import LEAN, ROOT, SMOKE
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -17,14 +17,8 @@ pytestmark = [
 def test_quickstart_trains_prints_the_table_and_the_next_lines_and_can_be_typed_again(
     terminal, tmp_path
 ):
-    words = (
-        "bash",
-        "launch/quickstart.sh",
-        "--config",
-        SMOKE,
-        f"run.output_dir={tmp_path}",
-        "train.max_steps=6",
-    )
+    words = f"launch/quickstart.sh --config {SMOKE} train.max_steps=6".split()
+    words = ["bash", *words, f"run.output_dir={tmp_path}", *LEAN]
     first = terminal.run(*words)
     assert first.code == 0, first.out + first.err
     assert (tmp_path / "smoke" / "results.json").is_file()

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from comoe.config.load import load_recipe
 from comoe.train.checkpoint.folder import find_checkpoint
 from tests.end_to_end.commands import (
+    LEAN,
     SMOKE,
     TASKS,
     is_launchers,
@@ -214,7 +215,7 @@ PROGRAM = """
 import sys
 import comoe
 
-recipe = comoe.load_recipe(sys.argv[1], [f"run.output_dir={sys.argv[2]}", "train.max_steps=1"])
+recipe = comoe.load_recipe(sys.argv[1], [f"run.output_dir={sys.argv[2]}", "train.max_steps=1", *sys.argv[3:]])
 folder = comoe.train(recipe)
 assert comoe.train(resume=folder, overrides=["train.max_steps=2"]) == folder
 print("folder", folder)
@@ -222,7 +223,7 @@ print("folder", folder)
 
 
 def test_a_program_trains_a_recipe_and_resumes_it(terminal, tmp_path):
-    done = terminal.run(sys.executable, "-c", PROGRAM, SMOKE, tmp_path)
+    done = terminal.run(sys.executable, "-c", PROGRAM, SMOKE, tmp_path, *LEAN)
     assert done.code == 0, done.said
     folder = Path(done.out.splitlines()[-1].removeprefix("folder "))
     assert read_json(folder / "results.json")["step"] == 2

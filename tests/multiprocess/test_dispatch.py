@@ -1,5 +1,6 @@
 """Our dispatch on a CPU against AutoEP's own, on the same layer: answers, loads and all gradients."""
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ from tests.helpers_ranks import run_ranks
 from tests.multiprocess.workers import build, make_encoder, recipe_of
 
 pytestmark = pytest.mark.multiprocess
+
+
+def all_ways(encoder: str, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [both_ways(encoder, ep_size=ep_size, top_k=top_k) for ep_size, top_k in cases]
 
 
 def both_ways(encoder: str, *, ep_size: int, top_k: int) -> dict[str, Any]:
@@ -50,13 +55,12 @@ def encoder(tmp_path_factory) -> str:
     return str(make_encoder(tmp_path_factory.mktemp("encoder")))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "ep_size", "top_k"), [(1, 1, 2), (1, 1, 1), (2, 2, 2), (4, 2, 3)]
-)
-def test_our_dispatch_equals_autoeps_own(encoder, ranks, ep_size, top_k):
-    here = "tests.multiprocess.test_dispatch:both_ways"
-    answers = run_ranks(here, ranks, encoder=encoder, ep_size=ep_size, top_k=top_k)
-    for answer in answers:
+@pytest.mark.parametrize(("ranks", "cases"), [(1, [(1, 2), (1, 1)]), (2, [(2, 2)]), (4, [(2, 3)])])
+def test_our_dispatch_equals_autoeps_own(encoder, ranks, cases):
+    """``cases``: (EP size, top k)."""
+    here = "tests.multiprocess.test_dispatch:all_ways"
+    answers = run_ranks(here, ranks, encoder=encoder, cases=cases)
+    for answer in chain.from_iterable(answers):
         assert answer["type"] == "CooperativeLayer"
         assert len(answer["sizes"]) == 7 and min(answer["sizes"]) > 1e-3
         for difference, size in zip(answer["differences"], answer["sizes"], strict=True):

@@ -304,15 +304,6 @@ def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_proc
             assert set(answer["sums"]) == {"torch.float32"}, (name, ep, stage)
 
 
-def test_losses_in_bf16_follow_those_in_float32_over_many_steps_of_adam(encoder):
-    shared: dict[str, Any] = {"stage": 2, "steps": 25, "plainly": False}
-    cases = [shared | {"settings": settings} for settings in ({}, BF16)]
-    answers = run_ranks(MANY, 1, encoder=encoder, cases=cases)[0]
-    exact, rounded = (answer["losses"] for answer in answers)
-    # Measured: 0.41 %.
-    np.testing.assert_allclose(rounded, exact, rtol=0.02)
-
-
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"stage": 1}, "ZeRO 2": {"stage": 2}, "ZeRO 3": {"stage": 3},
     # In bf16 ZeRO 1 is another optimizer class of DeepSpeed.
@@ -321,71 +312,71 @@ ENGINES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run_engines(
-    work: str, encoder: str, folder: Path | None = None, **arguments: Any
-) -> dict[str, list[Any]]:
-    """Engine -> what each of two ranks answered."""
-    more = [
-        {"folder": str(folder / str(number))} if folder else {} for number in range(len(ENGINES))
-    ]
-    cases = [
-        options | place | arguments for options, place in zip(ENGINES.values(), more, strict=True)
-    ]
-    answers = run_ranks(MANY, 2, encoder=encoder, cases=cases, work=work)
-    return {name: [by_rank[number] for by_rank in answers] for number, name in enumerate(ENGINES)}
+LORAS = {
+    f"LoRA, ZeRO {stage}": {"stage": stage, "parallel__ep_size": 1, **LORA} for stage in STAGES
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "resumed": {"work": "resumed"},
+    # By a run of an earlier version.
+    "saved with plain Adam": {"work": "resumed", "fused": False},
+    "poisoned": {"work": "poisoned"},
+}
 
 
 @pytest.fixture(scope="module")
-def resumed(encoder, tmp_path_factory) -> dict[str, list[Any]]:
-    return run_engines("resumed", encoder, tmp_path_factory.mktemp("checkpoints"))
+def two_ranks(encoder, tmp_path_factory) -> dict[tuple[str, str], list[Any]]:
+    """(what is asked, engine) -> what each of two ranks answered; all in one world."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    cells = {(asked, name): ASKED[asked] | ENGINES[name] for asked in ASKED for name in ENGINES}
+    cells |= {("resumed", name): ASKED["resumed"] | options for name, options in LORAS.items()}
+    places = [{"folder": str(folder / str(number))} for number in range(len(cells))]
+    cases = [
+        case | (place if case["work"] == "resumed" else {})
+        for case, place in zip(cells.values(), places, strict=True)
+    ]
+    ranks = run_ranks(MANY, 2, timeout=600, encoder=encoder, cases=cases)
+    return dict(zip(cells, map(list, zip(*ranks, strict=True)), strict=True))
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_resumed_run_equals_uninterrupted_run(resumed, name):
-    for answer in resumed[name]:
+@pytest.mark.parametrize("name", [*ENGINES, *LORAS])
+def test_resumed_run_equals_uninterrupted_run(two_ranks, name):
+    for answer in two_ranks["resumed", name]:
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
         assert answer["groups_before"] == answer["groups_after"]
         assert answer["state"] == {"step": 3, "best_value": 0.25, "evaluations_without_gain": 2}
 
 
-def test_a_resumed_run_of_lora_experts_equals_the_uninterrupted_one(encoder, tmp_path):
-    cases = [
-        {"stage": stage, "folder": str(tmp_path / f"{stage}"), "parallel__ep_size": 1, **LORA}
-        for stage in STAGES
-    ]
-    for ranks in run_ranks(MANY, 2, encoder=encoder, cases=cases, work="resumed"):
-        for answer in ranks:
-            np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
-
-
-@pytest.fixture(scope="module")
-def resumed_from_earlier_version(encoder, tmp_path_factory) -> dict[str, list[Any]]:
-    return run_engines("resumed", encoder, tmp_path_factory.mktemp("earlier"), fused=False)
-
-
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_run_with_plain_adam_goes_on_with_fused_adam(resumed_from_earlier_version, name):
-    for answer in resumed_from_earlier_version[name]:
+def test_a_run_with_plain_adam_goes_on_with_fused_adam(two_ranks, name):
+    for answer in two_ranks["saved with plain Adam", name]:
         # A weight next to a rounding boundary of bfloat16 may fall on the other side.
         rtol = 2e-3 if "bf16" in name else 1e-6
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=rtol)
         assert all(answer["fused"])
 
 
-@pytest.fixture(scope="module")
-def poisoned(encoder) -> dict[str, list[Any]]:
-    return run_engines("poisoned", encoder)
-
-
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(poisoned, name):
-    for answer in poisoned[name]:
+def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(two_ranks, name):
+    for answer in two_ranks["poisoned", name]:
         assert answer["skipped"] == [False, True, False]
         assert answer["changed"] == [True, False, True]
 
 
-def test_autoep_keeps_the_contract_that_our_router_relies_on(encoder):
-    answer = run_ranks("tests.multiprocess.workers:contract", 1, encoder=encoder)[0]
+@pytest.fixture(scope="module")
+def one_rank(encoder) -> list[dict[str, Any]]:
+    """The losses of many steps in float32 and in bf16, and what AutoEP makes of a model."""
+    many = {"stage": 2, "steps": 25, "plainly": False}
+    cases = [many, many | {"settings": BF16}, {"work": "contract"}]
+    return run_ranks(MANY, 1, encoder=encoder, cases=cases)[0]
+
+
+def test_losses_in_bf16_follow_those_in_float32_over_many_steps_of_adam(one_rank):
+    # Measured: 0.41 %.
+    np.testing.assert_allclose(one_rank[1]["losses"], one_rank[0]["losses"], rtol=0.02)
+
+
+def test_autoep_keeps_the_contract_that_our_router_relies_on(one_rank):
+    answer = one_rank[2]
     assert answer["layers"] == [
         "encoder.encoder.layer.0.output.block.mixture",
         "encoder.encoder.layer.1.output.block.mixture",

@@ -269,8 +269,11 @@ def picks_of(outputs: Sequence[Any], batches: Sequence[Batch], biases_LE: torch.
 
 
 def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[dict[str, Any]]:
-    """Several cases in one world: starting a world takes longer than a case. ``work`` is a function of this module."""
-    return [globals()[work](encoder, **arguments) for arguments in cases]
+    """Several cases in one world: starting a world takes longer than a case. ``work``, which a case may have of its
+    own, is a function of this module."""
+    works = [case.get("work", work) for case in cases]
+    arguments = [{key: value for key, value in case.items() if key != "work"} for case in cases]
+    return [globals()[name](encoder, **each) for name, each in zip(works, arguments, strict=True)]
 
 
 def case(

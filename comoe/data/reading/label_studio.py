@@ -176,8 +176,8 @@ def _several_of(export: _Export, kinds: Mapping[str, Kind]) -> set[str]:
     guessed = {
         name
         for _, _, opinions in export.found
-        for told in opinions
-        for name, one in told.items()
+        for opinion in opinions
+        for name, one in opinion.items()
         if export.controls.get(name) == CHOICES and len(one) > 1
     }
     return {
@@ -191,8 +191,8 @@ def _several_of(export: _Export, kinds: Mapping[str, Kind]) -> set[str]:
 def _text_column(export: _Export, text: str | None, option: str) -> str:
     """The column that the spans of all posts are marked in: the one that is asked for, or that fits the most posts."""
     spans_of = [
-        (data, [span for told in opinions for name in export.controls
-                if export.controls[name] == SPANS for span in told.get(name, ())])
+        (data, [span for opinion in opinions for name in export.controls
+                if export.controls[name] == SPANS for span in opinion.get(name, ())])
         for _, data, opinions in export.found
     ]  # fmt: skip
     columns = dict.fromkeys(
@@ -224,8 +224,8 @@ def _given(name: str, opinions: Opinions, kind: str, several: set[str]) -> list[
     """What each annotator says. Nobody has to tick one of several boxes or mark a span: an
     annotation without any says that."""
     if kind == SPANS or name in several:
-        return [told.get(name, frozenset()) for told in opinions]
-    found = [told[name] for told in opinions if name in told]
+        return [opinion.get(name, frozenset()) for opinion in opinions]
+    found = [opinion[name] for opinion in opinions if name in opinion]
     if kind != CHOICES:
         return found
     for one in found:
@@ -279,21 +279,21 @@ def _opinions(task: Mapping[str, Any], export: _Export) -> Opinions:
     return opinions
 
 
-def _add(told: dict[str, Any], name: str, kind: str, value: Mapping[str, Any], key: str) -> None:
+def _add(opinion: dict[str, Any], name: str, kind: str, value: Mapping[str, Any], key: str) -> None:
     if kind == CHOICES:
-        told[name] = told.get(name, frozenset()) | {str(choice) for choice in value[key]}
+        opinion[name] = opinion.get(name, frozenset()) | {str(choice) for choice in value[key]}
     elif kind == SPANS:
         spans = {
             (int(value["start"]), int(value["end"]), str(label), str(value.get("text", "")))
             for label in value[key]
         }
-        told[name] = told.get(name, frozenset()) | spans
+        opinion[name] = opinion.get(name, frozenset()) | spans
     elif kind == NUMBER:
-        told[name] = float(value[key])
-        if not math.isfinite(told[name]):
-            raise ValueError(f"control {name} has {told[name]}, which is no number; correct it.")
+        opinion[name] = float(value[key])
+        if not math.isfinite(opinion[name]):
+            raise ValueError(f"control {name} has {opinion[name]}, which is no number; correct it.")
     else:
-        told.setdefault(name, " ".join(map(str, value[key])))
+        opinion.setdefault(name, " ".join(map(str, value[key])))
 
 
 def _row(
@@ -369,14 +369,14 @@ def _in_characters(
 
 def _place(text: str, span: tuple[int, int, str, str]) -> tuple[int, int] | None:
     """First character of a span and the one behind it; None where the text has it not."""
-    start, end, _, said = span
-    if not said or text[start:end] == said:
+    start, end, _, marked = span
+    if not marked or text[start:end] == marked:
         return (start, end) if 0 <= start < end <= len(text) else None
     units = text.encode("utf-16-le")
-    if units[2 * start : 2 * end].decode("utf-16-le", "replace") != said:
+    if units[2 * start : 2 * end].decode("utf-16-le", "replace") != marked:
         return None
     first = len(units[: 2 * start].decode("utf-16-le", "replace"))
-    return first, first + len(said)
+    return first, first + len(marked)
 
 
 def _agreement(
@@ -389,9 +389,9 @@ def _agreement(
     nominal = kind == CHOICES and one
     distance = None if nominal else squared_distance if kind == NUMBER else set_distance
     alpha = krippendorff_alpha(units, distance)
-    told = "not defined, as all labels are the same" if math.isnan(alpha) else f"{alpha:.3f}"
+    agreement = "not defined, as all labels are the same" if math.isnan(alpha) else f"{alpha:.3f}"
     ties = sum(bool(unit) and _one(name, unit)[name] is None for unit in units) if nominal else 0
     shown = f"; {ties:,} posts where no label leads have a soft label only" if ties else ""
     return [
-        f"{path}: {name} by several annotators in {twice:,} posts, Krippendorff's alpha {told}{shown}"
+        f"{path}: {name} by several annotators in {twice:,} posts, Krippendorff's alpha {agreement}{shown}"
     ]

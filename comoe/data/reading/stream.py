@@ -129,8 +129,8 @@ def _counted(stream: RowStream) -> RowStream:
     met = Met()
     for _ in stream.start(met):
         pass
-    if told := met.joined_lines(stream.file):
-        print(f"warning: {told}", file=sys.stderr)
+    if message := met.joined_lines(stream.file):
+        print(f"warning: {message}", file=sys.stderr)
     return replace(
         stream, columns=tuple(met.columns), rows=met.rows, total=met.rows + met.bad, met=Met()
     )
@@ -145,8 +145,8 @@ def _peeked(stream: RowStream) -> RowStream:
 
     def start(_: Met) -> Rows:
         yield from itertools.chain(first, rows)
-        if told := met.joined_lines(stream.file):
-            print(f"warning: {told}", file=sys.stderr)
+        if message := met.joined_lines(stream.file):
+            print(f"warning: {message}", file=sys.stderr)
 
     total = met.rows + met.bad if len(first) < PEEKED else None
     return replace(stream, start=start, columns=columns, rows=count, total=total, met=met)

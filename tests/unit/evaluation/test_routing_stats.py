@@ -82,7 +82,6 @@ def test_counts_and_measures_equal_the_hand_computed_ones():
     np.testing.assert_allclose(summary.by_task["effective_experts"], [[2, 2]])
     np.testing.assert_allclose(summary.by_task["dead_share"], [[0.5, 0.5]])
     np.testing.assert_allclose(summary.by_task["cooperation"], [[1.5, 2.0]])
-    np.testing.assert_allclose(summary.score_LE, [[0.7, 0.4, 1 / 3, 0.3]], rtol=1e-6)
 
 
 def test_a_token_counts_for_each_label_of_its_post_but_once_for_the_layer():
