@@ -578,8 +578,8 @@ def _row_tokens(
             answers += float(mine.mean()) * tokens_of_words(task.label_words) * scored
         else:
             answers += float((mine * train.targets[task.name].lengths).mean())
-    pictures = float(own.mean()) + asked
-    return RowTokens(read + prompts, prompts, answers, pictures, texts=texts + prompts)
+    images = float(own.mean()) + asked
+    return RowTokens(read + prompts, prompts, answers, images, texts=texts + prompts)
 
 
 def tokens_of_words(label_words: Sequence[str]) -> int:

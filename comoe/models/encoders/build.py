@@ -96,7 +96,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
         if answering[field] is None:
             raise ValueError(
                 f"model.encoder ({config.encoder}) does not say its {field}, without which its decoder cannot be "
-                "taught; write it into the folder's config.json (the start of an mBART is the id of the answers' "
+                "trained; write it into the folder's config.json (the start of an mBART is the id of the answers' "
                 "language)."
             )
     _set_answering(encoder, answering)
