@@ -12,8 +12,8 @@ from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
 from comoe.train.run_folder import FILLED_SETTINGS, MARK, OWN_SETTINGS
 
-OF_A_RUN = (MARK, OWN_SETTINGS, FILLED_SETTINGS, "tasks.json")
-"""Files of a run folder, whichever version wrote it; a recipe may be called config.yaml too."""
+OF_A_RUN = (MARK, OWN_SETTINGS, FILLED_SETTINGS, "tasks.json", "checkpoints")
+"""What is in a run folder, whichever version wrote it; a recipe may be called config.yaml too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def load_requested(request: Request) -> Recipe:
         raise ValueError(
             f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
         )
-    if not any((request.resume / name).is_file() for name in OF_A_RUN):
+    if not any((request.resume / name).exists() for name in OF_A_RUN):
         raise ValueError(
             f"--resume {request.resume}: the folder has a config.yaml and nothing else of a run; begin one with "
             f"--config {saved}."

@@ -81,7 +81,7 @@ def refused(tmp_path_factory, smoke_run, home) -> dict[str, str]:
         file.unlink()
     for file in wordless.glob("vocab*"):
         file.unlink()
-    (folder / "older").mkdir()
+    (folder / "older" / "checkpoints").mkdir(parents=True)
     shutil.copy(smoke_run.folder / "config.yaml", folder / "older" / "config.yaml")
     zero2 = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
     settings = {
