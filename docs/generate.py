@@ -103,7 +103,7 @@ def schema_file() -> str:
 
 
 PAPERS = {
-    "C": "What this project was asked to be",
+    "C": "Goals of the project",
     "0": "TaCL-CoMoE, IJCNLP 2025, and its published code",
     "1": "Stein & Keller",
     "2": "A survey of multi-task sentiment analysis (in Chinese)",
@@ -122,7 +122,7 @@ def papers_page() -> str:
         "",
         "<!-- Written by docs/generate.py from docs/papers.tsv; change the table there. -->",
         "",
-        "The papers behind comoe were cut into 141 elements and held against the code. 59 were there from the start"
+        "The papers behind comoe were split into 141 elements, and each was compared with the code. 59 were done from the start"
         " ([References](references.md), [Method](method.md)); these are the"
         f" other {len(elements)}: {counts['done']} done, {counts['refused']} refused, {counts['open']} open. Done means"
         " that a command does it; a claim is done when it was measured, whether it holds or not. Words and figures are"

@@ -93,7 +93,7 @@ def call(loss: ContrastiveLoss, rows: dict[str, Tensor]):
 
 
 def reference(tasks, rows, *, scales=None, temperature=0.1, past=None, views=1, across=False):
-    """(value, value per task, leaves): the formula of methods.md section 2 with full matrices.
+    """(value, value per task, leaves): the formula of docs/method.md with full matrices.
 
     Args:
         tasks: those that take part.

@@ -29,7 +29,7 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add_model(found)
     add("--data", required=True, help="file, folder or hub name")
-    add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
+    add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, label_studio, hub or auto")
     add("--split", default="test", help="train, validation or test of a folder or hub data set")
     add("--task", action="append", help="score this task only; may be repeated")
     add_columns(found)

@@ -19,7 +19,7 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("report", __doc__)
     add = found.add_argument
-    add("predictions", type=Path, help="jsonl or csv of comoe predict")
+    add("predictions", type=Path, help="jsonl, csv or parquet of comoe predict, or its folder of parquet")
     add("--output", type=Path, help="HTML (default: beside the predictions, .html)")
     add("--json", type=Path, help="write all numbers there too")
     add("--labeled", type=Path, metavar="FOLDER",

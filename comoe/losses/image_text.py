@@ -1,6 +1,6 @@
 """Losses between the two sides of posts with images: contrast (ITC) and matching (ITM), over all ranks.
 
-Source: methods.md section 7; the auxiliary losses of arXiv:2309.07794, contrast as in CLIP
+Source: docs/images.md; the auxiliary losses of arXiv:2309.07794, contrast as in CLIP
 (arXiv:2103.00020), hard negatives as in ALBEF (arXiv:2107.07651). Random draws are made such that
 every rank draws the same.
 """

@@ -46,7 +46,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
         print(f"{shown}comoe: {who}{message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # gloo's threads sometimes abort a normal exit; see deepspeed_notes.
+    # gloo's threads sometimes abort a normal exit.
     os._exit(code)
 
 

@@ -9,7 +9,7 @@ candidates of w_ij:
 
 Past rows of the queue are candidates and positives, and never anchors: a_j = 0 there. Rows of other
 tasks may be candidates too, never positives (w_ij = 0); what their own anchors do to a row is
-``Repulsion``. Derivation: methods.md section 2.
+``Repulsion``. The loss in words: docs/method.md, Contrastive loss.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class ContrastiveLoss(nn.Module):
         ValueError: a temperature below 0.01.
 
     Source: supervised contrastive learning, arXiv:2004.11362, per task as in TaCL-CoMoE; two
-    dropout views as positives, arXiv:2002.05709; the closed form of methods.md section 2.
+    dropout views as positives, arXiv:2002.05709; the closed form of ``closed_form``.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ class CooperativeBlock(GatedBlock):
         dropout: probability on the update.
         num_tasks: T.
 
-    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025). A shared expert beside those of the
+    Source: docs/method.md; TaCL-CoMoE (IJCNLP 2025). A shared expert beside those of the
     tasks: PLE (RecSys 2020).
     """
 

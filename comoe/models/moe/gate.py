@@ -74,7 +74,7 @@ class TopKGate:
 class SigmoidGate(TopKGate):
     """Independent scores: several experts can be strong for one token at once, so they cooperate.
 
-    Source: TaCL-CoMoE (IJCNLP 2025), scaled to top-k tokens by methods.md section 1.
+    Source: TaCL-CoMoE (IJCNLP 2025), extended to the top k experts of each token.
     """
 
     __slots__ = ()
