@@ -122,7 +122,8 @@ def papers_page() -> str:
         "",
         "<!-- Written by docs/generate.py from docs/papers.tsv; change the table there. -->",
         "",
-        "The papers behind comoe were split into 141 elements, and each was compared with the code. 59 were done from the start"
+        "The papers behind comoe were split into 141 elements, and each was compared with the code. 59 were"
+        " done from the start"
         " ([References](references.md), [Method](method.md)); these are the"
         f" other {len(elements)}: {counts['done']} done, {counts['refused']} refused, {counts['open']} open. Done means"
         " that a command does it; a claim is done when it was measured, whether it holds or not. Words and figures are"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.task import Task
 from comoe.types import ModelOutput
+
+UNCOMPUTABLE = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError)
+"""What a model raises that was built from a configuration with values of another type or size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,18 @@ class Forward:
         """Around a forward pass: its products have the precision, the weights stay as they are."""
         reduced = self.precision != torch.float32
         return torch.autocast(self.device.type, dtype=self.precision, enabled=reduced)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Around a forward pass of an export: values of a configuration may load and not compute."""
+        try:
+            with self.autocast():
+                yield
+        except UNCOMPUTABLE as error:
+            raise ValueError(
+                f"{self.exported.folder}: the model that config.json describes does not compute "
+                f"({type(error).__name__}: {error}); export it again."
+            ) from error
 
     def encode(self, posts: Posts, words: list, tasks: Sequence[Task]) -> TokenizedSplit:
         """The usable posts as tokens; ``words`` instead of their own words."""
@@ -66,7 +82,7 @@ class Forward:
     ) -> tuple[ModelOutput, list[tuple[Task, list[tuple[int, int, PostOutput]]]]]:
         """One forward pass, and of each task (post, row of the batch, what the model gives it)."""
         batch = self.collator(split, indices)
-        with self.autocast():
+        with self._computing():
             output = self.exported.model(batch.to(self.device))
         found = []
         posts_B = batch.row_ids_B.tolist()
@@ -86,7 +102,7 @@ class Forward:
     def embed(self, split: TokenizedSplit, indices: np.ndarray) -> tuple[list[int], np.ndarray]:
         """Posts of one forward pass and their vectors, float32, (B, M)."""
         batch = self.collator(split, indices)
-        with self.autocast():
+        with self._computing():
             vectors_BM = self.exported.model.embed(batch.to(self.device))
         return batch.row_ids_B.tolist(), vectors_BM.float().cpu().numpy()
 
