@@ -39,6 +39,7 @@ def arguments(experiment: Experiment, **changed: Any) -> Namespace:
              "propose_groups": False, "seeds": "0", "against": None, "claim": None, "measure": None,
              "tune": [], "tune_by": None, "tune_seeds": None, "dry_run": False,
              "affinity": None, "affinity_posts": 8, "remove_experts": None, "removal_posts": 8, "metrics": None,
+             "splits": None,
              "resamples": 9, "keep_checkpoints": False, "no_verify": False, "overrides": []}  # fmt: skip
     return Namespace(**given | changed)
 

@@ -3,6 +3,7 @@
 comoe compare tweeteval --arms single,multi,leave_one_out --seeds 0,1,2 \\
     --output runs/together data.root=<folder> data.limit_per_task=1000 data.mixing=proportional
 comoe compare --arms no_experts,dense,sigmoid --against dense --claim "sigmoid < dense on loss"
+comoe compare --arms single,multi --splits validation+typos data.noise=[typos]
 comoe compare --arms majority,lexicon,naive_bayes,tfidf_svm,multi --against tfidf_svm
 An interrupted comparison goes on with the same command; arms and seeds may be added later.
 """
@@ -49,6 +50,7 @@ def parser() -> ArgumentParser:
     add("--measure", choices=("metric", "loss", "teacher_kl"),
         help="order and compare the arms by it (metric, arms as given)")
     add("--metrics", metavar="LIST", help="task/metric with commas: a table and plot of these alone")
+    add("--splits", metavar="LIST", help="further evaluated sets, each with a table: unseen, validation+typos, ...")
     add("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
     add("--affinity-posts", type=whole(0), default=256, metavar="N", help="posts a task there (256); 0: no")
     add("--remove-experts", metavar="ARMS", help="ablate each expert of these arms")

@@ -20,7 +20,7 @@ from comoe.config.load import save_recipe
 from comoe.config.recipe import NormalizeConfig, Recipe
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.data.posts import PART_NAMES, PostSplit
-from comoe.data.text.noise import SEPARATOR, noisy
+from comoe.data.text.noise import NOISY, SEPARATOR, noisy
 from comoe.data.text.normalize import normalize_post
 from comoe.evaluation.calibration import Calibrator
 from comoe.evaluation.evaluate import Evaluation, compute_metrics, mean_metric
@@ -138,10 +138,6 @@ def _evaluated(
         if not baseline.probabilities:
             of_task.pop("loss")
     return found, predicted / seconds if seconds else math.inf
-
-
-NOISY = ("validation", "test")
-"""Splits that are also scored under noise."""
 
 
 def _outputs(posts: PostSplit, task: Task, model: Predict, recipe: Recipe) -> list[PostOutput]:

@@ -22,6 +22,9 @@ from comoe.data.text.normalize import is_blank
 SEPARATOR = "+"
 """Between a split's name and the noise on it: ``validation+typos``."""
 
+NOISY = ("validation", "test")
+"""Splits that are also scored under ``data.noise``, where they have labels."""
+
 
 _WORD = re.compile(r"\S+")
 

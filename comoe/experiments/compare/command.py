@@ -18,6 +18,7 @@ from comoe.experiments.compare.own_arms import classical_arms, custom_arms, grou
 from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import compare, write_comparison
+from comoe.experiments.compare.splits import check_splits
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.tune import (
     Grid,
@@ -50,16 +51,19 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     plan = _plan(experiment, given)
     grid = read_grid(given, plan, experiment)
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
-    metrics = _metrics(experiment, given)
+    recipe = load_recipe(experiment.config, experiment.overrides)
+    metrics = _metrics(recipe, given)
+    splits = check_splits(given.splits, recipe)
     for check in (affinities, removals):
         check(plan, given)
-    _check_measures(plan, given, load_recipe(experiment.config, experiment.overrides))
+    _check_measures(plan, given, recipe)
     with_proposal = proposals(plan, given, experiment)
     if given.dry_run:
         print("\n".join(planned_lines(experiment, plan, grid)))
         return []
     record_settings(experiment, file_name=SETTINGS)
     claim = record_claim(experiment, plan, given.claim, file_name=SETTINGS)
+    reference = claim.other if claim and given.against is None else against.name
     tuning, failed = None, []
     if grid is not None:
         tuning, failed = run_tuning(experiment, grid, plan, keep=given.keep_checkpoints)
@@ -75,7 +79,7 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
         problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
         comparison = compare(
             plan, experiment.runs, baseline=against.name, resamples=resamples, metrics=metrics,
-            measure=given.measure, claim=claim,
+            measure=given.measure, claim=claim, further=dict.fromkeys(splits, reference),
         )  # fmt: skip
         problems = {name: text for name, text in problems.items() if text}
         comparison = with_proposal(replace(comparison, problems=problems, tuning=tuning))
@@ -152,10 +156,10 @@ def drop_checkpoints(experiment: Experiment, trials: Sequence[Trial], *, keep: b
             shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
 
 
-def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
+def _metrics(recipe: Recipe, given: argparse.Namespace) -> list[str]:
     """``task/metric`` names; whether a metric exists is known when runs are finished."""
     names = [name.strip() for name in given.metrics.split(",")] if given.metrics else []
-    tasks = load_recipe(experiment.config, experiment.overrides).tasks
+    tasks = recipe.tasks
     for name in names:
         task, slash, metric = name.partition("/")
         if task not in tasks or not slash or not metric:

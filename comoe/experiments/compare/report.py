@@ -32,9 +32,9 @@ from comoe.experiments.compare.results import (
     ROUTING,
     Result,
     main_metrics,
-    read_arm,
-    with_means,
+    read_arms,
 )
+from comoe.experiments.compare.splits import FurtherSet, further_sets, groups_of, with_adjusted
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
     Cosines,
@@ -89,6 +89,8 @@ class Comparison:
     """A grouping of the tasks, where one was asked for."""
     proposal_command: str = ""
     """Trains it beside random ones."""
+    further: Sequence[FurtherSet] = ()
+    """Other sets that the arms are compared on."""
 
     @property
     def against(self) -> Differences:
@@ -168,6 +170,7 @@ def compare(
     metrics: Sequence[str] = (),
     measure: str | None = None,
     claim: Claim | None = None,
+    further: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Read every finished run and compare the arms with the baseline, on the seeds that both have finished.
 
@@ -179,6 +182,7 @@ def compare(
         metrics: ``task/metric`` names with their own table; a note lists those that no run has.
         measure: see ``Comparison.measure``.
         claim: the comparison named beforehand; the p-values of all others are adjusted.
+        further: another evaluated set -> the arm that the others are compared with there.
     """
     results = read_arms(plan, runs)
     pairs = PairedDifferences(results, runs, resamples=resamples)
@@ -193,14 +197,28 @@ def compare(
     differences = {METRIC: pairs.against(baseline)}
     differences |= {name: seed_differences(results, baseline, measure=name) for name in FALLING}
     claimed = measure_claim(claim, results, pairs) if claim else None
+    sets = further_sets(plan, runs, further or {}, main=results, resamples=resamples)
     # The claim alone was named beforehand; all other comparisons are one family.
     differences = adjust(
-        differences | {_JOINT: to_joint},
+        differences | {_JOINT: to_joint} | groups_of(sets),
         exempt=claimed_cell(claim, baseline, main_metrics(results)),
     )
+    sets = with_adjusted(sets, differences)
     changes = changes_without(differences.pop(_JOINT))
-    notes = list(plan.notes)
-    notes += [
+    notes = [*plan.notes, *_notes(results, pairs, metrics)]
+    known = {name for found in results.values() for result in found for name in result.figures}
+    return Comparison(
+        plan, results, baseline, differences, changes, _cosines(results, runs), notes,
+        [name for name in metrics if name in known], measure,
+        ClaimResult(claim, claimed) if claim else None, further=sets,
+    )  # fmt: skip
+
+
+def _notes(
+    results: Mapping[str, Sequence[Result]], pairs: PairedDifferences, metrics: Sequence[str]
+) -> list[str]:
+    """What could not be compared, predicted or found."""
+    notes = [
         f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is compared with (another "
         "validation split or limit): there is no difference for them."
         for arm, tasks in pairs.incomparable.items()
@@ -213,11 +231,7 @@ def compare(
     known = {name for found in results.values() for result in found for name in result.figures}
     missing = [name for name in metrics if known and name not in known]
     what = "metric of these runs (--metrics)"
-    notes += [str(unknown_name(what, name, sorted(known))) for name in missing]
-    return Comparison(
-        plan, results, baseline, differences, changes, _cosines(results, runs), notes,
-        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None,
-    )  # fmt: skip
+    return notes + [str(unknown_name(what, name, sorted(known))) for name in missing]
 
 
 def _cosines(results: Mapping[str, Sequence[Result]], runs: Path) -> dict[str, Cosines]:
@@ -228,12 +242,6 @@ def _cosines(results: Mapping[str, Sequence[Result]], runs: Path) -> dict[str, C
         if mean := mean_cosines([read_affinity(file) for file in files if file.is_file()]):
             cosines[arm] = mean
     return cosines
-
-
-def read_arms(plan: Plan, runs: Path) -> dict[str, list[Result]]:
-    """Arm -> the results of its finished runs, one per seed."""
-    read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
-    return with_means({arm: [one for one in found if one] for arm, found in read.items()})
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
@@ -249,6 +257,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
         "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
                     for dropped, of_task in changes.items()},
         "groups": comparison.proposal.to_dict() if comparison.proposal else None,
+        "splits": {one.name: one.to_dict() for one in comparison.further},
         "gradient_cosine": {arm: found.to_dict() for arm, found in comparison.cosines.items()},
         "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured if joint},
     }  # fmt: skip

@@ -16,7 +16,7 @@ from comoe.data.posts import PART_NAMES
 from comoe.evaluation.evaluate import TEACHER_KL, higher_is_better
 from comoe.evaluation.experts_off import CONDITIONS
 from comoe.experiments.ablate import Removal, read_removal
-from comoe.experiments.compare.plan import Arm
+from comoe.experiments.compare.plan import Arm, Plan
 from comoe.experiments.compare.statistics import MEAN
 from comoe.experiments.runner import Trial
 from comoe.tasks.task import Task
@@ -60,7 +60,7 @@ class Result:
     trials: tuple[Trial, ...]
     """Its finished runs."""
     split: str
-    """Split of the quality."""
+    """Split of the quality; ``validation+typos`` is one, too."""
     tasks: Mapping[str, Task]
     """Scored tasks by name."""
     folders: Mapping[str, str]
@@ -105,15 +105,24 @@ class Result:
         }
 
 
-def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
+def read_arms(plan: Plan, runs: Path, *, split: str | None = None) -> dict[str, list[Result]]:
+    """Arm -> the results of its finished runs, one per seed; ``split`` as in ``read_run``."""
+    read = {
+        arm.name: [read_arm(arm, runs, seed=seed, split=split) for seed in plan.seeds]
+        for arm in plan.arms
+    }
+    return with_means({arm: [one for one in found if one] for arm, found in read.items()})
+
+
+def read_arm(arm: Arm, runs: Path, *, seed: int, split: str | None = None) -> Result | None:
     """The merged result of an arm's finished runs with one seed; None if none is finished."""
-    read = [read_run(trial, runs / trial.name) for trial in arm.of_seed(seed)]
+    read = [read_run(trial, runs / trial.name, split=split) for trial in arm.of_seed(seed)]
     found = [result for result in read if result is not None]
     if len(found) < 2:
         return found[0] if found else None
     # As for one run of all tasks: the test posts if any task has labels there.
     splits = [result.split for result in found]
-    split = next((name for name in ("test", "validation") if name in splits), "")
+    split = split or next((name for name in ("test", "validation") if name in splits), "")
     scored = [result for result in found if result.split == split]
     merged = {
         name: _merged([getattr(result, name) for result in scored])
@@ -139,13 +148,16 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
     )
 
 
-def read_run(trial: Trial, folder: Path) -> Result | None:
-    """The result of one run; None if it is not finished."""
+def read_run(trial: Trial, folder: Path, *, split: str | None = None) -> Result | None:
+    """The result of one run on a set of its ``results.json``, by default that of ``split_of``; None
+    if it is not finished, or was not scored there."""
     if not (folder / "results.json").is_file():
         return None
     results = read_json(folder / "results.json")
+    if split is not None and not results["metrics"].get(split):
+        return None
     records = read_metrics(folder / METRICS_FILE)
-    split = split_of(results)
+    split = split or split_of(results)
     metrics = results["metrics"][split]
     tasks = {task.name: task for task in map(Task.from_dict, read_json(folder / "tasks.json"))}
     scored = {

@@ -19,6 +19,7 @@ from comoe.experiments.compare.results import (
     ROUTING,
     Result,
 )
+from comoe.experiments.compare.splits import further_lines
 from comoe.experiments.compare.statistics import MEAN, Estimate, seed_interval
 
 
@@ -35,6 +36,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
         lines += table(["arm", *comparison.metrics], [
             [arm, *(cell(comparison.interval(arm, "figures", name)) for name in comparison.metrics)] for arm in arms
         ])  # fmt: skip
+    lines += [line for one in comparison.further for line in further_lines(one, arms)]
     lines += transfer_lines(comparison)
     lines += proposal_lines(comparison.proposal, comparison.proposal_command)
     results = comparison.results

@@ -200,6 +200,8 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment):
         ("single,multi", {"affinity_posts": 1}, "--affinity-posts is 1; it must be at least 2, or 0"),
         ("single,,multi", {}, "--arms is 'single,,multi'; it must be names with commas between, of single, leave_one"),
         ("single,multi", {"metrics": "moood/accuracy"}, "--metrics moood/accuracy: write task/metric .mood/accuracy,"),
+        ("single,multi", {"splits": "unseen"}, "unseen is not .*one of: validation, test.*hold_out makes unseen"),
+        ("single,multi", {"splits": "test,tset+typos", "overrides": ["data.noise=[typos]"]}, "did you mean test.typos"),
         ("single,multi", {"claim": "single > mutli"}, "mutli is not .*claim.*did you mean multi"),
         ("single,multi", {"claim": "single and multi"}, "--claim 'single and multi' must read"),
         ("single,multi", {"claim": "multi > multi"}, "compares an arm with itself"),
