@@ -53,7 +53,7 @@ class Forward:
         except UNCOMPUTABLE as error:
             raise ValueError(
                 f"{self.exported.folder}: the model that config.json describes does not compute "
-                f"({type(error).__name__}: {error}); export it again."
+                f"({type(error).__name__}: {error}); export it again, and report it if that does not help."
             ) from error
 
     def encode(self, posts: Posts, words: list, tasks: Sequence[Task]) -> TokenizedSplit:

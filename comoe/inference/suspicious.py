@@ -37,7 +37,7 @@ def doubted_tasks(tasks: Sequence[Task]) -> list[Task]:
     """Those whose predictions have a probability for each label of a post.
 
     Raises:
-        ValueError: none.
+        ValueError: there is no such task.
     """
     found = [task for task in tasks if task.mode != "tokens" and task.labels]
     if not found:
