@@ -86,16 +86,20 @@ class Parser(ArgumentParser):
         from comoe.config.errors import nearest
 
         bare = name.lstrip("-")
+        names = {option.lstrip("-"): option for option in known}
         if any(action.dest == "overrides" for action in self._actions):
             from comoe.config.reference import options
 
             paths = [option.path for option in options()]
+            leaves = {path.rpartition(".")[2]: path for path in reversed(paths)}
             leaf = bare.replace("-", "_")
-            ends = [path for path in paths if path == leaf or path.endswith(f".{leaf}")]
-            if ends or "." in bare:
-                meant = ends[0] if ends else nearest(bare, paths)
-                return f"; did you mean {meant or bare}={value or '...'}, without dashes?"
-        names = {option.lstrip("-"): option for option in known}
+            meant = leaves.get(leaf)
+            if "." in bare:
+                meant = nearest(bare, paths) or bare
+            elif not meant and not nearest(bare, names):
+                meant = leaves.get(nearest(leaf, leaves))
+            if meant:
+                return f"; did you mean {meant}={value or '...'}, without dashes?"
         guess = nearest(bare, names)
         # A letter stands for none of them here, as it does in other programs.
         guesses = [guess] if guess else [each for each in names if bare == each[:1] != each]

@@ -76,6 +76,7 @@ def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "--dry-rum is no option of comoe train; did you mean --dry-run?",
         ),
+        (["train", "smoke", "--epoch", "3"], 2, "; did you mean train.epochs=..., without dashes?"),
         (["train", "smoke", "--epochs=3"], 2, "; did you mean train.epochs=3, without dashes?"),
         (
             ["tune", "--model.moe.topk", "1"],
