@@ -13,7 +13,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import sampler_of
 from comoe.distributed import is_main, world_size
 from comoe.train.checkpoint.resume import checkpoint_to_resume, start_engine
-from comoe.train.fits import plan_posts
+from comoe.train.fits import check_fits, plan_posts
 from comoe.train.memory_plan import count_parameters
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.monitor.trackers import trackers_of
@@ -52,7 +52,7 @@ def build_run(
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
     if not resume:
-        plan_posts(typed, recipe, layout, splits, collator, settings, device=device)
+        check_fits(*plan_posts(typed, recipe, layout, splits, collator, settings), device=device)
     splits |= soft_labelled(recipe, splits, corpus.tasks, device=device, bf16=layout.bf16)
     objective, notes = start_model(
         typed, recipe, splits, collator, settings, device=device, begun=folder if resume else None

@@ -17,7 +17,7 @@ from comoe.data.tokens.prompts import label_tokens
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import is_main, world_size
 from comoe.tasks.task import Task
-from comoe.train.fits import plan_posts
+from comoe.train.fits import check_fits, plan_posts
 from comoe.train.memory_plan import MemoryPlan
 from comoe.train.parallel.ds_config import fill_settings, plan_layout
 from comoe.train.read_data import read_posts, tokenize_posts
@@ -56,11 +56,10 @@ def print_dry_run(
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
-    # What a start would find out, too.
-    here = None if gpus else device
-    plan = plan_posts(
-        typed, recipe, layout, splits, collator, settings, device=here, local_ranks=ranks
-    )
+    plan, objective = plan_posts(typed, recipe, layout, splits, collator, settings)
+    if not gpus:
+        # What a start would find out, too.
+        check_fits(plan, objective, device=device, ranks=ranks)
     sampler_of(recipe, splits["train"], corpus.tasks, layout.world_size, layout.micro_batch_size)
     if is_main():
         seen = seen_by_the_decoder(splits["train"], collator.tokenizer)

@@ -35,11 +35,8 @@ def plan_posts(
     splits: Mapping[str, TokenizedSplit],
     collator: Collator,
     settings: Mapping[str, Any],
-    *,
-    device: torch.device | None,
-    local_ranks: int = 0,
-) -> MemoryPlan:
-    """The memory plan of a run, from a model without weights; every rank must call it.
+) -> tuple[MemoryPlan, nn.Module]:
+    """The memory plan of a run, and its objective without weights.
 
     Args:
         typed: as the user wrote it.
@@ -48,26 +45,38 @@ def plan_posts(
         splits: its tokens.
         collator: of the run.
         settings: complete DeepSpeed configuration.
-        device: of this rank, where the run must fit; None plans for other machines.
-        local_ranks: that a start would have on this machine; 0 is those that are here.
 
     Raises:
-        ValueError: as ``build_model``; or a machine of the run is too small.
+        ValueError: as ``build_model``.
     """
     with as_typed(typed, recipe):
         objective = build_model(recipe, splits, collator, shape=True)
-    plan = plan_run(recipe, layout, objective.model, splits["train"], settings)
-    if device is not None:
-        problem = too_large(plan, objective, device=device, ranks=local_ranks)
-        if found := next(filter(None, all_gather_objects(problem)), ""):
-            raise ValueError(found)
-    return plan
+    return plan_run(recipe, layout, objective.model, splits["train"], settings), objective
+
+
+def check_fits(
+    plan: MemoryPlan, objective: nn.Module, *, device: torch.device, ranks: int = 0
+) -> None:
+    """Refuse a run that a machine of it cannot hold; every rank must call it. Arguments as ``too_large``.
+
+    Raises:
+        ValueError: on every rank, with the reason of the first one that has one.
+    """
+    problem = too_large(plan, objective, device=device, ranks=ranks)
+    if found := next(filter(None, all_gather_objects(problem)), ""):
+        raise ValueError(found)
 
 
 def too_large(
     plan: MemoryPlan, objective: nn.Module, *, device: torch.device, ranks: int = 0
 ) -> str:
-    """Why this machine cannot hold its ranks of the plan; empty where it may."""
+    """Why this machine cannot hold its ranks of the plan; empty where it may.
+
+    Args:
+        plan, objective: of ``plan_posts``.
+        device: of this rank.
+        ranks: that a start would have on this machine; 0 is those that are here.
+    """
     # Queues of embeddings and the like, which no weight counts.
     held = sum(each.numel() * each.element_size() for each in objective.buffers())
     sure = held + sum(part.device_bytes for part in plan.parts if part.name not in ROUGH)

@@ -17,7 +17,7 @@ from comoe.experiments.compare.measurements import affinities, arm_names, propos
 from comoe.experiments.compare.own_arms import classical_arms, custom_arms, group_arms
 from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
-from comoe.experiments.compare.report import compare, write_comparison
+from comoe.experiments.compare.report import compare, with_metrics, write_comparison
 from comoe.experiments.compare.splits import check_splits
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.tune import (
@@ -78,11 +78,12 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
         drop_checkpoints(experiment, plan.trials, keep=given.keep_checkpoints)
         problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
         comparison = compare(
-            plan, experiment.runs, baseline=against.name, resamples=resamples, metrics=metrics,
-            measure=given.measure, claim=claim, further=dict.fromkeys(splits, reference),
+            plan, experiment.runs, baseline=against.name, resamples=resamples, measure=given.measure,
+            claim=claim, further=dict.fromkeys(splits, reference),
         )  # fmt: skip
         problems = {name: text for name, text in problems.items() if text}
-        comparison = with_proposal(replace(comparison, problems=problems, tuning=tuning))
+        comparison = replace(with_metrics(comparison, metrics), problems=problems, tuning=tuning)
+        comparison = with_proposal(comparison)
         write_comparison(comparison, experiment.output)
         lines = markdown_lines(comparison)
         write_atomic(experiment.output / "table.md", "\n".join(lines) + "\n")

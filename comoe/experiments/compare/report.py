@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,6 @@ def compare(
     *,
     baseline: str,
     resamples: int,
-    metrics: Sequence[str] = (),
     measure: str | None = None,
     claim: Claim | None = None,
     further: Mapping[str, str] | None = None,
@@ -179,7 +178,6 @@ def compare(
         runs: folder of the run folders.
         baseline: an arm.
         resamples: of the bootstrap; below 2 there are no differences.
-        metrics: ``task/metric`` names with their own table; a note lists those that no run has.
         measure: see ``Comparison.measure``.
         claim: the comparison named beforehand; the p-values of all others are adjusted.
         further: another evaluated set -> the arm that the others are compared with there.
@@ -205,33 +203,36 @@ def compare(
     )
     sets = with_adjusted(sets, differences)
     changes = changes_without(differences.pop(_JOINT))
-    notes = [*plan.notes, *_notes(results, pairs, metrics)]
-    known = {name for found in results.values() for result in found for name in result.figures}
     return Comparison(
-        plan, results, baseline, differences, changes, _cosines(results, runs), notes,
-        [name for name in metrics if name in known], measure,
-        ClaimResult(claim, claimed) if claim else None, further=sets,
+        plan, results, baseline, differences, changes, _cosines(results, runs),
+        [*plan.notes, *_notes(results, pairs)], measure=measure,
+        claim=ClaimResult(claim, claimed) if claim else None, further=sets,
     )  # fmt: skip
 
 
-def _notes(
-    results: Mapping[str, Sequence[Result]], pairs: PairedDifferences, metrics: Sequence[str]
-) -> list[str]:
-    """What could not be compared, predicted or found."""
+def with_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
+    """The comparison with a table of these ``task/metric`` names; a note names each that no run has."""
+    found = [result for results in comparison.results.values() for result in results]
+    known = {name for result in found for name in result.figures}
+    missing = [name for name in metrics if found and name not in known]
+    what = "metric of these runs (--metrics)"
+    notes = [str(unknown_name(what, name, sorted(known))) for name in missing]
+    shown = [name for name in metrics if name in known]
+    return replace(comparison, metrics=shown, notes=[*comparison.notes, *notes])
+
+
+def _notes(results: Mapping[str, Sequence[Result]], pairs: PairedDifferences) -> list[str]:
+    """What could not be compared or predicted."""
     notes = [
         f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is compared with (another "
         "validation split or limit): there is no difference for them."
         for arm, tasks in pairs.incomparable.items()
     ]
-    notes += [
+    return notes + [
         f"{arm} skips {task}: {why}."
         for arm, found in results.items()
         for task, why in (found[0].skipped.items() if found else ())
     ]
-    known = {name for found in results.values() for result in found for name in result.figures}
-    missing = [name for name in metrics if known and name not in known]
-    what = "metric of these runs (--metrics)"
-    return notes + [str(unknown_name(what, name, sorted(known))) for name in missing]
 
 
 def _cosines(results: Mapping[str, Sequence[Result]], runs: Path) -> dict[str, Cosines]:

@@ -15,7 +15,7 @@ from comoe.experiments.compare.arms import ARMS
 from comoe.experiments.compare.own_arms import custom_arms
 from comoe.experiments.compare.plan import check_earlier, plan_arms
 from comoe.experiments.compare.plots import removal_figure, write_plots
-from comoe.experiments.compare.report import compare, write_comparison
+from comoe.experiments.compare.report import compare, with_metrics, write_comparison
 from comoe.experiments.compare.results import REMOVAL_FILE
 from comoe.experiments.compare.statistics import (
     Predictions,
@@ -298,9 +298,8 @@ def test_the_report_says_what_the_run_folders_say(experiment, tmp_path):
         )
         better = [post >= wrong - 8 for post in range(40)]
         write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
-    comparison = compare(
-        plan, tmp_path / "runs", baseline="dense", resamples=200, metrics=["mood/accuracy", "mood/acuracy"],
-    )  # fmt: skip
+    comparison = compare(plan, tmp_path / "runs", baseline="dense", resamples=200)
+    comparison = with_metrics(comparison, ["mood/accuracy", "mood/acuracy"])
     comparison = replace(comparison, problems={"paper-s0": "killed"})
     difference = comparison.against["sigmoid"]["mean"]
     assert difference.mean == pytest.approx(0.2) and difference.low < 0.2 < difference.high
