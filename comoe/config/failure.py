@@ -32,6 +32,9 @@ SQLITE = {5: errno.EBUSY, 6: errno.EBUSY, 13: errno.ENOSPC, 22: errno.EFBIG}
 READ_ONLY, IO_ERROR, CANNOT_OPEN = 8, 10, 14
 """Codes of SQLite that stand for several errors of the system."""
 
+TORCH_WRITING = ("PytorchStreamWriter", "inline_container", "iostream error", "write failed")
+"""Parts of what torch says where a file cannot be written, by the size of what was left to write."""
+
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -150,7 +153,7 @@ def _number_behind(error: Exception, path: Path) -> int | None:
         return number
     code, text = _sqlite_code(error), str(error)
     if code not in (READ_ONLY, IO_ERROR, CANNOT_OPEN) and not any(
-        word in text for word in ("PytorchStreamWriter", "inline_container", "write failed")
+        word in text for word in TORCH_WRITING
     ):
         return None
     # torch and SQLite keep the number to themselves: the disk is asked again.

@@ -98,6 +98,7 @@ WRITERS = {
     "text": lambda path: write_atomic(path, "a" * 10000),
     "numpy": lambda path: np.savez(path.open("wb"), a=np.zeros(10000)),
     "torch": lambda path: torch.save({"a": torch.zeros(100000)}, path),
+    "torch, at its end": lambda path: torch.save({"a": torch.zeros(750)}, path),
     "safetensors": lambda path: save_file({"a": torch.zeros(100000)}, path),
 }
 LIMITED = """
