@@ -56,7 +56,7 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || [ "$(cat "$VENV/.hom
     echo "$PWD $("$python" --version)" >"$VENV/.home"
 fi
 : >"$LOG"
-pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
+pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile)
 
 # torch comes first and alone, then stays: a package that asks for another build must not pull one in behind our back.
 step "installing $TORCH" "${pip[@]}" "$TORCH"
@@ -65,6 +65,9 @@ step "installing comoe and its dependencies" "${pip[@]}" --constraint "$VENV/con
 # Below a path with a space the first line of DeepSpeed's scripts names no interpreter (pip mends only those that it makes
 # itself); the environment that is activated has one.
 sed -i '1s|^#!.* .*|#!/usr/bin/env python|' "$VENV"/bin/deepspeed* "$VENV"/bin/ds*
+echo "setup: compiling on all cores"
+# pip would do it one file after another. Packages hold templates that are no Python: these stay as they are.
+"$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >>"$LOG" 2>&1 || true
 step "checking that it imports" "$VENV/bin/python" -c "import torch, transformers, datasets, comoe.config.load"
 echo "$stamp" >"$VENV/.stamp"
 echo "setup: done; activate it with: source $VENV/bin/activate"
