@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import read_json, write_json
+from comoe.config.files import digest_of, read_json, write_json
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without
@@ -49,7 +48,7 @@ def write_manifest(folder: Path, *, spared: Sequence[str] = (), **about: Any) ->
     }
     sizes = {name: path.stat().st_size for name, path in files.items()}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+        digests = dict(zip(files, pool.map(digest_of, files.values()), strict=True))
     write_json(folder / MANIFEST, {**about, "files": sizes, "sha256": digests})
 
 
@@ -96,7 +95,7 @@ def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> st
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
     for name, digest in manifest.get("sha256", {}).items() if verify else ():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or digest_of(folder / name) != digest:
             return f"{name} was changed after it was written (its SHA-256 is another)"
     return ""
 
@@ -177,8 +176,3 @@ def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
             f"{folder}."
         )
     return chosen
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,6 +26,10 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
+AGAIN = "copy or export the folder again"
+"""What to do about a damaged export."""
+
+
 IMAGES = "preprocessor_config.json"
 """How images become numbers; in an export of a model that reads them."""
 

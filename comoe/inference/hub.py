@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-
 from comoe import __version__
 from comoe.inference.checkpoint_folder import MANIFEST, manifest_problem, read_manifest
 from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, read_export_config
@@ -48,6 +46,8 @@ def find_export(
                 f"{name} is a folder here, which has no revisions; leave revision out."
             )
         return Path(name)
+    from huggingface_hub import snapshot_download  # takes 0.1 s, which a folder does not need
+
     with _readable(f"{name} is no folder, and the hub does not give it", token):
         found = snapshot_download(
             str(name),
@@ -92,6 +92,8 @@ def push_export(
     if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"{repository!r} is no name on the hub; write organization/name.")
     files = export_files(folder)
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token, library_name="comoe", library_version=__version__)
     with _readable(f"{folder} could not be pushed to {repository}", token):
         api.create_repo(repository, private=private, exist_ok=True)
