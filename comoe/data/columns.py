@@ -11,7 +11,6 @@ import numpy as np
 
 from comoe.config.errors import nearest, unknown_name
 from comoe.config.recipe import AdversarialConfig, Recipe
-from comoe.data.datasets import Group
 from comoe.data.posts import UNSEEN, PostSplit
 from comoe.data.reading.files import RawSplit
 from comoe.data.reading.rows import cell_text
@@ -25,6 +24,8 @@ from comoe.types import IGNORED
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from comoe.data.datasets import Group
 else:
     torch = Deferred("torch")
 

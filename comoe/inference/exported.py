@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from comoe.data.images.pixels import ImageProcessor
     from comoe.models.model import MultiTaskModel
 
+
 @dataclass(frozen=True, slots=True)
 class Exported:
     """An export in memory."""
@@ -111,7 +112,8 @@ def load_exported(
         )
     # Older versions wrote no manifest.
     if verify and (folder / MANIFEST).is_file():
-        if problem := manifest_problem(folder, needed=(CONFIG, file), verify=True):
+        unread = {other for _, other in BACKENDS.values()} - {file}
+        if problem := manifest_problem(folder, needed=(CONFIG, file), verify=True, unread=unread):
             raise ValueError(
                 f"{folder}: {problem}; copy or export the folder again, or give --no-verify where the change is yours."
             )

@@ -16,6 +16,7 @@ from comoe.config.failure import parsing
 from comoe.config.recipe import Recipe
 from comoe.inference.export_config import AGAIN, CONFIG, WEIGHTS
 from comoe.models.build import build_model
+from comoe.models.encoders.bert import BertEncoder
 from comoe.models.model import MultiTaskModel
 from comoe.tasks.task import Task
 
@@ -79,6 +80,9 @@ def _build(
         with torch.device("meta"), _Unfilled():
             shape = build_model(recipe.model, tasks, **options)
         check_fit(shape, shapes, place=place)
+        if isinstance(shape.encoder, BertEncoder):
+            # Nothing of it is computed when it is built: all its numbers come from the file.
+            return shape
     with _Unfilled():
         return build_model(recipe.model, tasks, **options)
 
@@ -99,6 +103,8 @@ class _Unfilled(TorchFunctionMode):
 def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> None:
     """Give a model its weights, in place. A tensor of several names, as a tied output layer, comes under the first.
 
+    A model on the meta device gets memory for them.
+
     Raises:
         ValueError: weights that are missing, of another shape, not in the model, or not finite;
             ``place`` names the file.
@@ -108,7 +114,15 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     check_fit(model, shapes, broken=broken, place=place)
-    model.load_state_dict(weights, strict=False)
+    own = model.state_dict()
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:
+        # Not the file's memory, which is aligned in another way: other last bits of products.
+        weights = {
+            name: torch.empty(tensor.shape, dtype=own[name].dtype).copy_(tensor)
+            for name, tensor in weights.items()
+        }
+    model.load_state_dict(weights, strict=False, assign=on_meta)
 
 
 def check_fit(

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import same_file
 from comoe.config.plugins import consent
 from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
@@ -25,7 +24,7 @@ from comoe.inference.columns import Posts, columns_of, locate_images, read_colum
 from comoe.inference.explain import GRADIENTS, Explainer, check_backend, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
-from comoe.inference.hub import copy_export, find_export
+from comoe.inference.hub import OnHub, find_export
 from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
 from comoe.inference.passes import WINDOW, forward_passes, task_passes
 from comoe.tasks.task import Task
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Predictor:
+class Predictor(OnHub):
     """Texts in, one plain dict per text out, in the same order.
 
     ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...},
@@ -108,9 +107,7 @@ class Predictor:
             place = choose_device(device)
             products = choose_precision(precision, place)
         found = find_export(folder, **hub)
-        exported = load_exported(
-            found, verify=verify, backend=backend, threads=threads, plain=True
-        )
+        exported = load_exported(found, verify=verify, backend=backend, threads=threads, plain=True)
         if backend == "torch":
             exported.model.to(place)
         return cls(exported, exported.collator(), place, products)
@@ -126,50 +123,6 @@ class Predictor:
             ValueError: an unknown word, or a number out of range.
         """
         return replace(self, long=LongPosts(mode, **options))
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **options: Any,
-    ) -> str | None:
-        """Copy the export to a folder.
-
-        Args:
-            save_directory: the folder; it is made.
-            push_to_hub: upload it as well.
-            repo_id: as what, ``organization/name``; None is the name of the folder.
-            options: of ``push_to_hub``.
-
-        Returns:
-            The address of the commit, None where nothing is uploaded.
-
-        Raises:
-            ValueError: the folder is the one that it was read from, or its files were changed.
-        """
-        target = Path(save_directory)
-        if same_file(target, self.exported.folder):
-            raise ValueError(f"{save_directory} is the folder that the model was read from.")
-        target.mkdir(parents=True, exist_ok=True)
-        copy_export(self.exported.folder, target)
-        return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the export to the hub in one commit, and return its address.
-
-        Args:
-            repo_id: ``organization/name``.
-            options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as private, branch, token
-                and commit_message.
-
-        Raises:
-            ValueError: files of the export were changed.
-        """
-        from huggingface_hub import ModelHubMixin  # takes 0.2 s, which no prediction waits for
-
-        return ModelHubMixin.push_to_hub(self, repo_id, **options)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

@@ -162,7 +162,9 @@ def description_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
-    changed = any(getattr(kind, name, None) is not getattr(TokenizersBackend, name, None) for name in CALLED)
+    changed = any(
+        getattr(kind, name, None) is not getattr(TokenizersBackend, name, None) for name in CALLED
+    )
     alone = Tokenizer.from_file(str(file))
     for one in (alone, here := Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())):
         one.no_truncation()
@@ -201,4 +203,3 @@ def read_json_tokenizer(
     # It is tried, as some settings fail only then.
     made(["a"], truncation="longest_first", max_length=8)
     return made
-

@@ -18,10 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 """``hidden_act`` -> function; a model with another one is left to transformers."""
 
-FROM_PADDING = {"bert": False, "electra": False, "roberta": True, "xlm-roberta": True, "camembert": True}
+FROM_PADDING = {
+    "bert": False,
+    "electra": False,
+    "roberta": True,
+    "xlm-roberta": True,
+    "camembert": True,
+}
 """``model_type`` -> whether positions count real tokens from ``pad_token_id`` + 1 on."""
 
 
@@ -49,6 +59,7 @@ class BertConfig:
 PLAIN = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
+    "gradient_checkpointing": False,
     "is_decoder": False,
     "is_encoder_decoder": False,
     "output_attentions": False,
@@ -59,14 +70,22 @@ PLAIN = {
 
 IDLE = frozenset(
     {
+        "_name_or_path",
         "architectures",
         "bos_token_id",
         "classifier_dropout",
+        "directionality",
         "dtype",
         "eos_token_id",
         "id2label",
         "initializer_range",
         "label2id",
+        "output_past",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
         "problem_type",
         "return_dict",
         "summary_activation",
@@ -88,8 +107,6 @@ def bert_config(given: Mapping[str, Any], *, dropout: float | None = None) -> Be
         given: ``encoder.config.to_dict()``, of any family.
         dropout: ``model.dropout``.
     """
-    if given.get("model_type") not in FROM_PADDING or given.get("hidden_act") not in ACTIVATIONS:
-        return None
     wanted = {"embedding_size": given.get("hidden_size")} | dict(given)
     own = {field.name: field.type for field in fields(BertConfig)}
     if any(wanted.get(name, value) != value for name, value in PLAIN.items()):
@@ -104,6 +121,8 @@ def bert_config(given: Mapping[str, Any], *, dropout: float | None = None) -> Be
         if isinstance(value, bool) or not isinstance(value, kinds[own[name]]):
             return None
     config = BertConfig(**found)
+    if config.model_type not in FROM_PADDING or config.hidden_act not in ACTIVATIONS:
+        return None
     heads = config.num_attention_heads
     return None if heads < 1 or config.hidden_size % heads else config
 

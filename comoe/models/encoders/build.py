@@ -119,9 +119,7 @@ def _auto_class(family: Family, *, generates: bool) -> Any:
             if family.causal
             else transformers.AutoModelForSeq2SeqLM
         )
-    return (
-        transformers.AutoModelForTextEncoding if family.encoder_alone else transformers.AutoModel
-    )
+    return transformers.AutoModelForTextEncoding if family.encoder_alone else transformers.AutoModel
 
 
 def _alone(model: nn.Module) -> nn.Module:
@@ -204,7 +202,8 @@ def _from_name(config: ModelConfig, *, generates: bool) -> nn.Module:
         _set_width(hf_config, config.random_width)
     # The T5 configurations forget the word; without it the file of weights would have to tell.
     own_output = (
-        transformers.PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
+        transformers.PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True)
+        is False
     )
     return _chosen(
         _from_config(hf_config, config.dropout, generates=generates, own_output=own_output), config

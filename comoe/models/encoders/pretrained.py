@@ -95,7 +95,9 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
         )
     source = str(folder) if folder.is_dir() else name
     with readable_errors(name, role):
-        return source, transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return source, transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
 
 
 @contextmanager

@@ -116,8 +116,12 @@ def build_tower(config: VisionConfig, *, trust_remote_code: bool = False) -> Tow
 def build_tower_from_config(hf_config: dict[str, Any], *, train: bool = False) -> Tower:
     """The same network with random weights, from ``tower.inner.config.to_dict()``: an export fills the weights in."""
     fields = dict(hf_config)
-    config, arguments = _prepared(transformers.AutoConfig.for_model(fields.pop("model_type"), **fields))
-    return Tower(transformers.AutoModel.from_config(config, dtype=torch.float32, **arguments), train=train)
+    config, arguments = _prepared(
+        transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
+    return Tower(
+        transformers.AutoModel.from_config(config, dtype=torch.float32, **arguments), train=train
+    )
 
 
 def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) -> Tower:

@@ -292,7 +292,9 @@ class Kind(ABC):
         if isinstance(logits, np.ndarray):
             starts = batch.word_starts_BL[rows] if self.mode == "tokens" else [...] * len(rows)
             each = zip(posts, logits[rows], starts, strict=True)
-            return [PostOutput(post, of_row[words], None, plain=True) for post, of_row, words in each]
+            return [
+                PostOutput(post, of_row[words], None, plain=True) for post, of_row, words in each
+            ]
         logits, targets = self._of_rows(output, batch, rows, task)
         each = zip(posts, logits.numpy(), targets.numpy(), strict=True)
         if self.mode != "tokens":
