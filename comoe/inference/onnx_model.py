@@ -124,23 +124,25 @@ def _alike(batch: Batch) -> Any:
     return np.asarray if isinstance(batch.input_ids_BL, np.ndarray) else torch.from_numpy
 
 
-def usual_threads() -> int:
-    """Threads of an operation that PyTorch was told to take, or would: OMP_NUM_THREADS, else one per core."""
-    if "torch" in sys.modules:
-        return torch.get_num_threads()
-    told = re.match(r"\s*([1-9]\d{0,3})\b", os.environ.get("OMP_NUM_THREADS", ""))
-    if told:
-        return int(told[1])
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    # Two processors of one core compute in turns.
-    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    files = {number: Path(place.format(number)) for number in os.sched_getaffinity(0)}
-    return len({f.read_text() if f.is_file() else number for number, f in files.items()})
-
-
 def _as_long(value: np.ndarray, length: int | None) -> np.ndarray:
     """Zeros behind the tokens of a shorter pass; None for what has none."""
     if length is None or value.shape[1] == length:
         return value
     return np.pad(value, [(0, 0), (0, length - value.shape[1]), (0, 0)][: value.ndim])
+
+
+def usual_threads() -> int:
+    """Threads of an operation that PyTorch was told to take, or would: OMP_NUM_THREADS, else one per core."""
+    if "torch" in sys.modules:
+        return torch.get_num_threads()
+    told = re.match(r"\s*([1-9]\d{0,3})\b", os.environ.get("OMP_NUM_THREADS", ""))
+    return min(int(told[1]), _cores()) if told else _cores()
+
+
+def _cores() -> int:
+    """Cores of this process; two processors of one core compute in turns."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {number: Path(place.format(number)) for number in os.sched_getaffinity(0)}
+    return len({f.read_text() if f.is_file() else number for number, f in files.items()})
