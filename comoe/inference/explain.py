@@ -120,7 +120,9 @@ class Explainer:
             return {}
         ids_L, words = self._words(split, post)
         if method == ATTENTION:
-            weights_L = output.attentions[task.name][row].float().cpu().numpy()
+            weights_L = output.attentions[task.name][row]
+            if not isinstance(weights_L, np.ndarray):
+                weights_L = weights_L.float().cpu().numpy()
             return attention_per_word(weights_L, ids_L, words=words)
         layers = [block.layer for block in self.exported.model.moe_layers()]
         return {EXPERTS: experts(output, row, ids_L, words, layers=layers)}

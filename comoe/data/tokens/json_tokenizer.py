@@ -16,6 +16,15 @@ from comoe.data.tokens.vocabulary import WHOLE
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+FILES = (
+    WHOLE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""What transformers reads of a tokenizer whose first file is there."""
+
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that have a name."""
 
@@ -173,7 +182,7 @@ def description_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
         return None
     special = {name: getattr(tokenizer, f"{name}_token") for name in SPECIAL}
     return {
-        "sha256": digest_of(file),
+        "sha256": digests(folder),
         "model_input_names": list(tokenizer.model_input_names),
         "model_max_length": tokenizer.model_max_length,
         "truncation_side": tokenizer.truncation_side,
@@ -185,21 +194,26 @@ def description_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
 def read_json_tokenizer(
     folder: Path, description: Any, whole: Callable[[], Any]
 ) -> JsonTokenizer | None:
-    """The tokenizer of an export; None where it is not described, or its file is another one by now.
+    """The tokenizer of an export; None where it is not described, or one of its files has been changed since.
 
     Args:
         folder: of the export.
         description: that the export has; of a stranger's export it may be anything.
         whole: reads the tokenizer of transformers.
     """
-    file = folder / WHOLE
-    if not isinstance(description, Mapping) or not file.is_file():
+    found = digests(folder)
+    if not isinstance(description, Mapping) or description.get("sha256") != found:
         return None
-    if description.get("sha256") != digest_of(file):
+    if WHOLE not in found:
         return None
     from tokenizers import Tokenizer
 
-    made = JsonTokenizer(Tokenizer.from_file(str(file)), description, whole)
+    made = JsonTokenizer(Tokenizer.from_file(str(folder / WHOLE)), description, whole)
     # It is tried, as some settings fail only then.
     made(["a"], truncation="longest_first", max_length=8)
     return made
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of ``FILES`` that a folder has."""
+    return {name: digest_of(folder / name) for name in FILES if (folder / name).is_file()}

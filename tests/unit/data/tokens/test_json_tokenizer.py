@@ -186,8 +186,16 @@ def test_another_file_or_a_strange_description_is_not_read(tmp_path):
     ):
         with pytest.raises(Exception):  # noqa: B017  the caller makes one sentence of it
             read(description | change)
-    file = tmp_path / WHOLE
-    file.write_text(file.read_text().replace("rome", "roma"))
+    for name in (WHOLE, "tokenizer_config.json"):
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content + " ")
+        assert read(description) is None
+        (tmp_path / name).write_text(content)
+    (tmp_path / "added_tokens.json").write_text("{}")
     assert read(description) is None
-    file.unlink()
+    (tmp_path / "added_tokens.json").unlink()
+    assert isinstance(read(description), JsonTokenizer)
+    (tmp_path / WHOLE).unlink()
     assert read(description) is None
+    empty = read_json_tokenizer(tmp_path / "none", description | {"sha256": {}}, lambda: theirs)
+    assert empty is None
