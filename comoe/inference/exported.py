@@ -121,7 +121,9 @@ def load_exported(
     with parsing(folder / CONFIG, AGAIN):
         tasks = tuple(tasks_from(config["tasks"], place=folder / CONFIG))
         recipe = recipe_of_export(config)
-    plain = plain and not config.get("plugins") and not any(t.mode == "decoder" for t in tasks)
+    # A vision tower and a decoder are models of transformers, and plugins may know no others.
+    decodes = any(task.mode == "decoder" for task in tasks)
+    plain = plain and not (config.get("plugins") or config.get("tower") or decodes)
     model, longest = load(folder, config, recipe, tasks, threads=threads, plain=plain)
     tokenizer = read_tokenizer(folder, config, plain=plain)
     with parsing(folder / IMAGES, AGAIN):
