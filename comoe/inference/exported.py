@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +58,6 @@ class Exported:
     def backend(self) -> str:
         """What runs the model, key of ``BACKENDS``."""
         return "onnx" if isinstance(self.model, OnnxModel) else "torch"
-
-    @property
-    def library(self) -> dict[str, str]:
-        """Name and version of the library that runs the model."""
-        name = "onnxruntime" if self.backend == "onnx" else "torch"
-        return {name: import_module(name).__version__}
 
     def collator(self) -> Collator:
         """Makes batches as training did."""

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -175,10 +176,11 @@ def _only_one(target: Path) -> Iterator[bool]:
 
 def _head(predictor: Predictor, options: PredictOptions) -> dict[str, str]:
     """What the bytes of an output depend on besides the posts."""
+    library = "onnxruntime" if predictor.exported.backend == "onnx" else "torch"
     return options.head() | {
         "the model": _model(predictor)["sha256"],
         "comoe": comoe.__version__,
-        **predictor.exported.library,
+        library: import_module(library).__version__,
         "--device": str(predictor.device).partition(":")[0],
         "--precision": str(predictor.precision),
         "--backend": predictor.exported.backend,
