@@ -68,7 +68,7 @@ class Job:
             threads=max(1, torch.get_num_threads() // options.workers),
             source=rows.source,
             root=rows.root,
-            total=rows.total,
+            total=posts.total,
             first=first,
             options=options,
         )

@@ -73,7 +73,10 @@ class Exported:
         if self.image_processor is not None:
             pixels = PixelReader(self.image_processor, limits_of(self.data_config))
         route_by = self.model_config.moe.route_by
-        return Collator(self.tokenizer, self.tasks, route_by=route_by, pixels=pixels)
+        most = self.data_config.max_posts
+        return Collator(
+            self.tokenizer, self.tasks, route_by=route_by, pixels=pixels, max_posts=most
+        )
 
 
 def load_exported(

@@ -13,6 +13,8 @@ import torch
 
 from comoe.config.errors import unknown_name
 from comoe.data.collator import Collator
+from comoe.data.posts import Post
+from comoe.data.reading.rows import with_neighbors
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import gpu_lacks_bf16
 from comoe.inference.columns import Posts, whole_cell
@@ -66,6 +68,17 @@ class Forward:
         columns = (read, [posts.pairs[i] for i in usable], [words[i] for i in usable])
         # As training does.
         texts, pairs, words = ([whole_cell(cell) for cell in cells] for cells in columns)
+        # What is read together, as training puts it together.
+        texts = [
+            tuple(Post(one, author="") for one in text) if isinstance(text, (list, tuple)) else text
+            for text in texts
+        ]
+        if any(task.reads == "neighbors" for task in tasks):
+            near = list(zip(texts, words, pairs, strict=True))
+            texts = [
+                with_neighbors(text, some, pair) if pair else text for text, some, pair in near
+            ]
+            pairs = [None] * len(pairs)
         images = [posts.images[i] for i in usable]
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
@@ -89,7 +102,8 @@ class Forward:
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = task.rules.serves(batch.task_ids_B, number).nonzero()[:, 0].tolist()
+            served_B = task.rules.serves(batch.task_ids_B, number) & batch.leads_B()
+            rows = served_B.nonzero()[:, 0].tolist()
             outputs = task.rules.outputs(
                 output, batch, rows, task=task, detokenize=self.collator.detokenize
             )
@@ -101,10 +115,13 @@ class Forward:
     @torch.inference_mode()
     def embed(self, split: TokenizedSplit, indices: np.ndarray) -> tuple[list[int], np.ndarray]:
         """Posts of one forward pass and their vectors, float32, (B, M)."""
+        if any(some and some[0].author is not None for some in split.posts.members):
+            raise ValueError("an embedding is of one post; give texts, no lists of them.")
         batch = self.collator(split, indices)
         with self._computing():
             vectors_BM = self.exported.model.embed(batch.to(self.device))
-        return batch.row_ids_B.tolist(), vectors_BM.float().cpu().numpy()
+        leads_B = batch.leads_B()
+        return batch.row_ids_B[leads_B].tolist(), vectors_BM.float().cpu()[leads_B].numpy()
 
     def remarks(self, split: TokenizedSplit, posts_B: list[int], predictions: list[dict]) -> None:
         """Say of posts that were cut, or that lost their image."""

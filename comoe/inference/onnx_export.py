@@ -31,6 +31,7 @@ from comoe.inference.hub import copy_export
 from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONNX, OnnxModel
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock, RoutingContext
+from comoe.tasks.task import TOGETHER
 from comoe.types import Batch, ModelOutput
 
 CLOSE = 1e-4
@@ -127,7 +128,7 @@ class Graph(nn.Module):
             context.task_ids_B = task_ids.clamp_min(0)
             context.task_embeddings_BD = model.task_embedding(context.task_ids_B)
         states_BLM = model.run_encoder(arguments, context)
-        logits, _, attentions, _ = model.head_outputs(states_BLM, attention_mask)
+        logits, _, attentions, _, _ = model.head_outputs(states_BLM, attention_mask)
         found = {LOGITS + name: values for name, values in logits.items()}
         found |= {ATTENTION + name: values for name, values in attentions.items()}
         sums_BM = (states_BLM * mask[:, :, None]).sum(dim=1)
@@ -186,6 +187,12 @@ def check_exportable(exported: Exported) -> None:
         raise ValueError(
             f"--format onnx: the tasks {', '.join(decoded)} are answered by a decoder, which writes one token after "
             "another and is no single graph; predict with the export as it is."
+        )
+    joined = [task.name for task in exported.tasks if task.reads in TOGETHER]
+    if joined:
+        raise ValueError(
+            f"--format onnx: the tasks {', '.join(joined)} read several posts together, which the graph of a post does "
+            "not; predict with the export as it is."
         )
     if exported.image_processor is not None:
         raise ValueError(

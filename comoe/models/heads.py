@@ -13,6 +13,9 @@ from comoe.models.moe.experts import GatedFeedForward
 from comoe.tasks.task import Task
 from comoe.types import Probe
 
+INSTANCE_WIDTH = 128
+"""Hidden width of the attention over posts, as in the paper."""
+
 FIRST_LOGITS = 0.5
 """Standard deviation of the logits of a head that starts at texts: a likely label has about twice
 the probability of an unlikely one, so that texts which mislead cost little."""
@@ -91,6 +94,86 @@ POOLINGS: dict[str, type[nn.Module]] = {
 """Word in ``model.pooling`` -> module."""
 
 
+class AuthorPooling(nn.Module):
+    """Weighted mean of the pooled states of an author's posts: softmax over w . tanh(V h) of the author's rows.
+
+    It begins near the plain mean.
+
+    Args:
+        model_width: M.
+
+    Source: attention-based multiple instance learning, Ilse et al. 2018, arXiv:1802.04712, eq. 8.
+    """
+
+    def __init__(self, model_width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(model_width, INSTANCE_WIDTH)
+        self.score = nn.Linear(INSTANCE_WIDTH, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def forward(self, pooled_BM: Tensor, bags_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool the rows of each bag.
+
+        Args:
+            pooled_BM: pooled states of single posts.
+            bags_B: ``Batch.bags_B``.
+
+        Returns:
+            States (B, M), on each row that of its bag, in the dtype of the posts', and the weight of each row in its
+            bag (B,), float32.
+        """
+        scores_B = self.score(torch.tanh(self.hidden(pooled_BM))).float().squeeze(1)
+        same_BB = bags_B[:, None] == bags_B
+        weights_BB = torch.softmax(scores_B.masked_fill(~same_BB, float("-inf")), dim=1)
+        mixed_BM = (weights_BB @ pooled_BM.float()).to(pooled_BM.dtype)
+        return mixed_BM, weights_BB.diagonal()
+
+
+class NeighborPooling(nn.Module):
+    """Adds to a post's state what attention finds in its neighbors: one hop of a graph of posts.
+
+    With h the post, n_j its neighbors, n the mean of these by softmax over w . tanh(V n_j + U h): h + W2 gelu(W1 [h;
+    n]). W2 begins at 0, so at the start a post is read alone; n is 0 where it has no neighbor.
+
+    Args:
+        model_width: M.
+
+    Source: graph attention networks, Velickovic et al. 2018, arXiv:1710.10903, with additive attention and a residual.
+    """
+
+    def __init__(self, model_width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(model_width, INSTANCE_WIDTH)
+        self.center = nn.Linear(model_width, INSTANCE_WIDTH, bias=False)
+        self.score = nn.Linear(INSTANCE_WIDTH, 1, bias=False)
+        self.mix = nn.Linear(2 * model_width, model_width)
+        self.output = nn.Linear(model_width, model_width)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, pooled_BM: Tensor, bags_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``AuthorPooling``; the first row of a bag is the post, whose weight is 0."""
+        same_BB = bags_B[:, None] == bags_B
+        # The first row of each row's bag.
+        first_B = same_BB.int().argmax(dim=1)
+        posts_BM = pooled_BM[first_B]
+        hidden_BH = torch.tanh(self.center(posts_BM) + self.hidden(pooled_BM))
+        scores_B = self.score(hidden_BH).float().squeeze(1)
+        rows_B = torch.arange(len(first_B), device=first_B.device)
+        near_BB = same_BB & (first_B != rows_B)
+        has_B1 = near_BB.any(dim=1, keepdim=True)
+        scores_BB = scores_B.masked_fill(~near_BB & has_B1, float("-inf"))
+        weights_BB = torch.softmax(scores_BB, dim=1) * has_B1
+        mixed_BM = (weights_BB @ pooled_BM.float()).to(pooled_BM.dtype)
+        update_BM = self.output(F.gelu(self.mix(torch.cat([posts_BM, mixed_BM], dim=1))))
+        return posts_BM + update_BM.to(posts_BM.dtype), weights_BB.diagonal()
+
+
+OVER_POSTS: dict[str, type[nn.Module]] = {"author": AuthorPooling, "neighbors": NeighborPooling}
+"""``Task.reads`` -> module over the pooled states of what is read together."""
+
+
 def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
     """Mean over real tokens, (N, M)."""
     weights_NL = mask_NL.to(hidden_NLM.dtype)
@@ -107,6 +190,8 @@ class HeadOutput(NamedTuple):
     attention_BL: Tensor | None
     """Pooling weights that explain the prediction; None for a head on tokens, whose prediction does
     not come from them."""
+    weights_B: Tensor | None = None
+    """Weight of each row among those that are read together; None where each is alone."""
 
 
 class TaskHead(nn.Module):
@@ -127,6 +212,7 @@ class TaskHead(nn.Module):
         self.pooling = (
             POOLINGS[pooling](model_width) if self.mode == "pooled" or task.contrastive else None
         )
+        self.over_posts = OVER_POSTS[task.reads](model_width) if task.reads in OVER_POSTS else None
         self.dropout = nn.Dropout(dropout)
         num_outputs = task.rules.num_outputs(task.labels)
         self.output = nn.Linear(model_width, num_outputs) if num_outputs else None
@@ -156,16 +242,25 @@ class TaskHead(nn.Module):
         self.output.weight.copy_(weight_YM)
         self.output.bias.copy_(-weight_YM @ mean_M)
 
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
-        """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        pooled_BM = attention_BL = None
+    def forward(
+        self, hidden_BLM: Tensor, mask_BL: Tensor, bags_B: Tensor | None = None
+    ) -> HeadOutput:
+        """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank.
+
+        Rows that are read together (``bags_B``, None where each is alone) have the same.
+        """
+        pooled_BM = attention_BL = weights_B = None
         if self.pooling is not None:
             pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
+        if self.over_posts is not None:
+            if bags_B is None:
+                bags_B = torch.arange(len(mask_BL), device=mask_BL.device)
+            pooled_BM, weights_B = self.over_posts(pooled_BM, bags_B)
         if self.mode == "tokens":
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
         logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
-        return HeadOutput(logits.float(), pooled_BM, attention_BL)
+        return HeadOutput(logits.float(), pooled_BM, attention_BL, weights_B)
 
 
 def probe(

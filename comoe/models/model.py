@@ -37,7 +37,7 @@ from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
 from comoe.models.vision.tower import Tower, expected_tokens
 from comoe.tasks.task import Task, decoder_tasks
-from comoe.types import IGNORED, Batch, ModelOutput, Sharing
+from comoe.types import IGNORED, Batch, ModelOutput, Probe, Sharing
 
 HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
@@ -174,10 +174,9 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = probe(
-                shared_BLM, self.tasks, lambda i, states: self._head(i, states, mask_BL)[0].logits
-            )
-        logits, embeddings, attentions, private = self.head_outputs(shared_BLM, mask_BL)
+            more["probe"] = self._probe(shared_BLM, mask_BL, batch.bags_B)
+        of_heads = self.head_outputs(shared_BLM, mask_BL, batch.bags_B)
+        logits, embeddings, attentions, more["post_weights"], private = of_heads
         decoded = None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
@@ -227,26 +226,31 @@ class MultiTaskModel(nn.Module):
                 draws_B = draw(draws_B, salt)
         return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
 
-    def head_outputs(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
-        """Logits, embeddings, attentions and updates of private parts of the tasks with heads."""
-        logits, embeddings, attentions, private = {}, {}, {}, {}
+    def head_outputs(self, shared_BLM: Tensor, *rows: Tensor | None) -> tuple[dict, ...]:
+        """Logits, embeddings, attentions, weights of posts and updates of private parts of the tasks with heads; of
+        states, mask and ``bags_B``."""
+        logits, embeddings, attentions, weights, private = {}, {}, {}, {}, {}
         for place, number in enumerate(self._headed):
             name = self.tasks[number].name
-            output, update = self._head(place, shared_BLM, mask_BL)
+            output, update = self._head(place, shared_BLM, *rows)
             private |= update
             logits[name] = output.logits
             if output.pooled_BM is not None:
                 embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
             if output.attention_BL is not None:
                 attentions[name] = output.attention_BL
-        return logits, embeddings, attentions, private
+            weights |= {} if output.weights_B is None else {name: output.weights_B}
+        return logits, embeddings, attentions, weights, private
 
     def _head(
-        self, place: int, shared_BLM: Tensor, mask_BL: Tensor
+        self, place: int, shared_BLM: Tensor, *rows: Tensor | None
     ) -> tuple[HeadOutput, dict[str, Tensor]]:
         """A head's output from the shared states, and, by its task's name, what a private part adds to them."""
         update = self._private(self._headed[place], shared_BLM)
-        return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
+        return self.heads[place](sum(update.values(), shared_BLM), *rows), update
+
+    def _probe(self, shared_BLM: Tensor, *rows: Tensor | None) -> Probe:
+        return probe(shared_BLM, self.tasks, lambda i, x: self._head(i, x, *rows)[0].logits)
 
     def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
         if self.private is None:

@@ -111,8 +111,9 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
         pixels = PixelReader(processor, limits_of(recipe.data))
     route_by = recipe.model.moe.route_by
     return splits, Collator(
-        tokenizer, corpus.tasks, route_by=route_by, pixels=pixels, domains=domains
-    )
+        tokenizer, corpus.tasks, route_by=route_by, pixels=pixels, domains=domains,
+        max_posts=recipe.data.max_posts,
+    )  # fmt: skip
 
 
 def _one_per_node_first(work: Callable[[], Made]) -> Made:

@@ -43,6 +43,7 @@ LONG_FILES = {
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
     "comoe/models/encoders/families.py": "the table of model families, and what is read off it",
     "comoe/train/monitor/monitor.py": "what a run shows: one method for each thing that is logged",
+    "comoe/models/model.py": "the parts of the model, and one forward pass with what each of them is given",
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
     "comoe/tasks/kinds/base.py": "what every kind of task knows, and the losses that several kinds share",
     "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
