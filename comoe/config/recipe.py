@@ -449,7 +449,7 @@ class DataConfig:
     root: Text | None = None
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the
     starter kit, ``kit:chinese_posts`` its Chinese part; ``smoke:posts``, ``smoke:tacl_posts``,
-    ``smoke:drawn_posts`` and ``smoke:implied_posts`` are generated."""
+    ``smoke:drawn_posts``, ``smoke:implied_posts`` and ``smoke:linked_posts`` are generated."""
     max_length: Annotated[Whole, Ge(4), at_most(1_000_000)] = 128
     """Longest post in tokens; the rest is cut and counted."""
     max_posts: Count = 8
