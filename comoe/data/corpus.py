@@ -78,11 +78,16 @@ def _first_of_labels(rows: Sequence[int], values: Sequence[Any], config: TaskCon
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
-    """How many posts are in ``known`` too, by text, second text and image; case and white space count as equal."""
+    """How many posts are in ``known`` too, by text, second text or context, and image; case and white space count as
+    equal."""
 
-    def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
-        columns = zip(split.texts, split.pairs, split.images, strict=True)
-        return [(" ".join(text.casefold().split()), pair, image) for text, pair, image in columns]
+    def keys(split: PostSplit) -> list[tuple]:
+        members = split.members or [()] * len(split)
+        columns = zip(split.texts, split.pairs, split.images, members, strict=True)
+        return [
+            (" ".join(text.casefold().split()), pair, image, tuple(post.text for post in some))
+            for text, pair, image, some in columns
+        ]
 
     there = set(keys(known))
     return sum(key in there for key in keys(posts))

@@ -12,6 +12,7 @@ from comoe.data.authors import authors_in_order, by_author
 from comoe.data.collator import Collator
 from comoe.data.corpus import load_corpus
 from comoe.data.posts import Post
+from comoe.data.text.noise import noisy
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
@@ -230,3 +231,25 @@ def test_a_stream_answers_each_run_of_an_author_in_the_memory_of_the_posts_that_
     assert (one.text, one.columns["num_posts"]) == (["post 0", "post 1"], 10_000)
     together = by_author([post for post in posts if post.text.strip()])
     assert [post.author for post in together] == ["a", "b", "c"]
+
+
+def test_noise_is_in_every_post_of_an_author_and_in_a_reply_but_not_in_its_context(tmp_path):
+    authors = corpus_of(tmp_path, AUTHORS, validation=other_authors()).splits["train"]
+    changed = noisy(authors, "typos", rate=1.0, seed=0)
+    for before, after in zip(authors.members, changed.members, strict=True):
+        assert all(a.text != b.text for a, b in zip(before, after, strict=True))
+    assert changed.texts == ["\n".join(post.text for post in some) for some in changed.members]
+    task = TaskConfig(path="posts", context="thread", context_as="neighbors")
+    posts = corpus_of(tmp_path, task, train=CONTEXT, validation=CONTEXT).splits["train"]
+    changed = noisy(posts, "typos", rate=1.0, seed=0)
+    assert changed.texts[0] == changed.members[0][0].text != "one"
+    assert changed.members[0][1:] == posts.members[0][1:]
+
+
+def test_equal_replies_to_other_posts_are_not_the_same_post(tmp_path):
+    task = TaskConfig(path="posts", context="thread", context_as="neighbors")
+    other = [row | {"thread": ["five"]} for row in CONTEXT]
+    report = corpus_of(tmp_path, task, train=CONTEXT, validation=other).report
+    assert not any("of a training post" in line for line in report.warnings)
+    report = corpus_of(tmp_path, task, train=CONTEXT, validation=CONTEXT).report
+    assert any("3 of 3 validation posts" in line for line in report.warnings)
