@@ -109,7 +109,8 @@ def test_attention_over_neighbors_equals_a_reference_in_float64():
 def test_the_head_of_an_author_gives_all_rows_of_a_bag_the_same_and_learns():
     head = TaskHead(replace(MOOD, reads="author"), 16, dropout=0.0)
     found = head(HIDDEN, MASK, torch.tensor([0, 0]))
-    assert torch.equal(found.logits[0], found.logits[1]) and found.weights_B.sum() == 1
+    assert torch.equal(found.logits[0], found.logits[1])
+    torch.testing.assert_close(found.weights_B.sum(), torch.tensor(1.0))
     apart = head(HIDDEN, MASK)
     alone = head(HIDDEN[1:], MASK[1:])
     torch.testing.assert_close(apart.logits[1:], alone.logits)
