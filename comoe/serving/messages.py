@@ -45,14 +45,21 @@ Image = Annotated[
 ]
 
 
+Texts = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[str], Tag("list")],
+    Discriminator(lambda given: "list" if isinstance(given, list) else "string"),
+]
+"""A text, or several."""
+
+
 class Post(Strict):
     """A post with more than its text."""
 
-    text: str | list[str] | None = Field(
+    text: Texts | None = Field(
         None,
         description="The post; may be left out where there are words. For tasks of authors a list: the posts of one.",
     )
-    pair: str | list[str] | None = Field(
+    pair: Texts | None = Field(
         None,
         description="Second text: stance target, aspect; of a context the parent, or a list, the thread down to it.",
     )
