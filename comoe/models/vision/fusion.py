@@ -257,6 +257,11 @@ class ImageTokens(Fusion):
 
     def __init__(self, encoder: nn.Module, image_width: int, *, dropout: float) -> None:
         super().__init__()
+        if not family_of(encoder.config.model_type).reads_embeddings:
+            raise ValueError(
+                f"model.vision.fusion: tokens puts image tokens among the words, but model.encoder, a "
+                f"{encoder.config.model_type}, reads word ids alone; choose concat, attention or gated."
+            )
         # Not a child: the encoder's weights have their own place in the model.
         self._words: Callable[[], nn.Module] = encoder.get_input_embeddings
         self.limit = longest_input(encoder.config)
