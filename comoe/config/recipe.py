@@ -251,6 +251,10 @@ class ImageTextConfig:
     """Image-text matching: is this the image's own text; 0 switches it off."""
     temperature: Temperature = option(0.07, read_when="images are read")
     """Where the learned temperature of the contrast starts, at least 0.01."""
+    separate_passes: Flag = option(False, read_when="images are read")
+    """In an encoder of one stream (ViLT), which has no two sides to compare, make them by two more
+    passes of the encoder, of each text alone and of each image alone; false leaves the contrast out
+    there."""
     negatives: Literal["hard", "random"] = option("hard", read_when="images are read")
     """Which other post's text replaces the own one in half of the pairs: hard (drawn by similarity)
     or random."""

@@ -41,6 +41,10 @@ class Images:
             self.tokens[numbers_J], torch.arange(len(numbers_J), device=self.rows_I.device)
         )
 
+    def without(self) -> Images:
+        """A blank one in their place."""
+        return Images(self.tokens[:1], self.rows_I.new_full((1,), -1))
+
 
 class ImageProjection(nn.Module):
     """Image tokens in the width of text: norm (towers differ in scale), then a linear layer."""

@@ -161,6 +161,9 @@ def test_a_tower_without_images_and_sides_hidden_from_nobody():
     )
 
 
+_PHOTO = {"mood": {"path": "mood.csv", "image": "photo"}}
+
+
 def test_one_stream_has_no_two_sides_to_compare(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
     found = warnings_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
@@ -171,3 +174,11 @@ def test_one_stream_has_no_two_sides_to_compare(tmp_path):
         "one more pass",
     ]
     assert len(found) == 4 and all(map(re.search, patterns, found))
+    losses = {"separate_passes": True}
+    found = warnings_of(model={"encoder": str(tmp_path)}, loss={"image_text": losses})
+    patterns = ["itc_weight is 0.1: .* second pass, alone, and its image a third", "one more pass"]
+    assert len(found) == 2 and all(map(re.search, patterns, found))
+    off = losses | {"itc_weight": 0, "itm_weight": 0}
+    for given in ({"encoder": str(tmp_path)}, {"vision": {"tower": "a/b"}}):
+        found = warnings_of(model=given, loss={"image_text": off}, tasks=_PHOTO)
+        assert len(found) == 1 and "only the contrast of an encoder of one stream" in found[0]
