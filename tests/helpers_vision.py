@@ -26,7 +26,15 @@ from comoe.config.recipe import ImageTextConfig, ModelConfig, VisionConfig
 from comoe.models.build import build_model
 from comoe.models.model import MultiTaskModel
 from comoe.types import Batch
-from tests.helpers_model import BERT_LIKE, HALVES, HF_CONFIGS, TASKS, VARIANTS, moe_config, random_batch
+from tests.helpers_model import (
+    BERT_LIKE,
+    HALVES,
+    HF_CONFIGS,
+    TASKS,
+    VARIANTS,
+    moe_config,
+    random_batch,
+)
 
 SIDE = 16
 SEEING = dict(

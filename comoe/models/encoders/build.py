@@ -60,8 +60,8 @@ ends. How it is searched for is the recipe's (``num_beams``, ``max_answer_length
 
 def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler; of an
-    encoder-decoder the encoder alone, of a CLIP or SigLIP the text half. ``model.keep_layers`` chooses layers, ``model.random_width``
-    begins with random weights.
+    encoder-decoder the encoder alone, of a CLIP or SigLIP the text half. ``model.keep_layers``
+    chooses layers, ``model.random_width`` begins with random weights.
 
     Args:
         config: ``model``.

@@ -16,9 +16,7 @@ from tests.helpers_vision import SEEING, seeing_batch, seeing_model, with_pictur
 
 WHOLE = {
     "clip": CLIPConfig(text_config=TEXT_HALF, vision_config=SEEING, projection_dim=8),
-    "siglip": SiglipConfig(
-        text_config=TEXT_HALF | {"projection_size": 12}, vision_config=SEEING
-    ),
+    "siglip": SiglipConfig(text_config=TEXT_HALF | {"projection_size": 12}, vision_config=SEEING),
 }
 BOTH = ImageTextConfig()
 
@@ -88,8 +86,9 @@ def test_experts_join_every_layer_and_every_parameter_learns(family):
     parts += [sides.text_embeddings_IP.pow(3), sides.image_embeddings_IP.pow(3)]
     sum(part.square().sum() for part in parts).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
-    start, bare = tiny_model(moe_config(output_init=0.0), family=family), tiny_model(
-        moe_config(num_experts=0), family=family
+    start, bare = (
+        tiny_model(moe_config(output_init=0.0), family=family),
+        tiny_model(moe_config(num_experts=0), family=family),
     )
     bare.load_state_dict(start.state_dict(), strict=False)
     batch = random_batch()
