@@ -1,19 +1,22 @@
 """Generated posts with images whose relation is known: is what the text names drawn, and does the image add meaning?
 
-The four relations of Vempala and Preotiuc-Pietro, 2019 (https://aclanthology.org/P19-1272) are
-equally frequent, and one sentiment is to be told whatever the relation is:
+The four relations of Vempala and Preotiuc-Pietro, 2019 (https://aclanthology.org/P19-1272), and one
+sentiment that is to be told whatever the relation is:
 
-==============  =====================================  ======================================
-relation        what the post has                      what tells its sentiment
-==============  =====================================  ======================================
-shown_only      the named thing is drawn; mood words   the words; the light is a coin's toss
-absent_only     another two things; mood words         the words; the light is a coin's toss
-absent_adds     another two things; neutral words      the light, which is that of all the image
-shown_adds      the named thing is drawn; neutral      the light behind the named thing; the other
-                words                                  thing stands in the opposite light
-==============  =====================================  ======================================
+==============  =======  ===========================  =============================================
+relation        share    what the post has            what tells its sentiment
+==============  =======  ===========================  =============================================
+shown_only      3/8      the named thing; mood words  the words; the light is a coin's toss
+absent_only     1/8      another thing; mood words    the words; the light is a coin's toss
+shown_adds      3/8      the named thing; plain       the light of the image
+                         words
+absent_adds     1/8      another thing; plain words   the light, reversed: who promises one thing and
+                                                      shows another is ironic
+==============  =======  ===========================  =============================================
 
-So the text alone is right in at most 3/4 of the posts, the image alone in 5/8.
+The text alone is right in at most 3/4 of the posts, the image alone in 5/8. Who reads both but does
+not compare the named thing with the drawn one is right in at most 7/8, and always wrong in
+absent_adds.
 """
 
 from __future__ import annotations
@@ -41,13 +44,9 @@ from comoe.starter.synthetic_images import (
 
 THINGS = {
     "cake": ("circle", "red"),
-    "soup": ("circle", "yellow"),
-    "drums": ("circle", "blue"),
-    "train": ("square", "red"),
     "hotel": ("square", "blue"),
-    "garden": ("square", "green"),
-    "beach": ("triangle", "yellow"),
-    "trees": ("triangle", "green"),
+    "garden": ("triangle", "green"),
+    "beach": ("square", "yellow"),
 }
 """What a text can name -> the shape and the color that stand for it in an image."""
 
@@ -64,11 +63,11 @@ LIGHT_OF = {"positive": "bright", "negative": "gloomy"}
 """Sentiment -> the light that says it."""
 
 
-OTHER_LIGHT = {"bright": "gloomy", "gloomy": "bright"}
-"""Of two lights the other one."""
+OPPOSITE = {"positive": "negative", "negative": "positive"}
+"""Sentiment -> the other one."""
 
 
-COUNTS = {"train": 2400, "validation": 200, "test": 1200}
+COUNTS = {"train": 1600, "validation": 200, "test": 1200}
 """Split -> posts."""
 
 
@@ -80,10 +79,10 @@ class RelatedPost:
     """The caption."""
     named: str
     """The thing that it names, a key of ``THINGS``."""
-    drawn: tuple[str, str]
-    """The things on the left and on the right."""
-    lights: tuple[str, str]
-    """The light behind each."""
+    drawn: str
+    """The thing in the image."""
+    light: str
+    """Of the background."""
     sentiment: str
     """The label."""
     shown: bool
@@ -101,7 +100,7 @@ def plan_related_posts(*, count: int, seed: int, name: str = "train") -> list[Re
     """Posts in random order; the same arguments give the same posts.
 
     Among any ``BLOCK`` posts from the beginning on, each relation comes with every sentiment, named
-    thing and light equally often.
+    thing, drawn thing and light equally often.
 
     Args:
         count: number of posts.
@@ -113,17 +112,19 @@ def plan_related_posts(*, count: int, seed: int, name: str = "train") -> list[Re
 
 def _endless(draw: random.Random) -> Iterator[RelatedPost]:
     while True:
-        block = list(product(*[(True, False)] * 3, LIGHT_OF, THINGS, LEVELS))
+        block = [
+            (shown, adds, sentiment, named, drawn, light)
+            for adds, sentiment, named, drawn, light in product(
+                (True, False), LIGHT_OF, THINGS, THINGS, LEVELS
+            )
+            for shown in [named == drawn]
+            # Each thing is drawn nine times where it is named for once with another name.
+            for _ in range(9 if shown else 1)
+        ]
         draw.shuffle(block)
-        for shown, adds, on_the_right, sentiment, named, light in block:
-            light = LIGHT_OF[sentiment] if adds else light
-            others = draw.sample([thing for thing in THINGS if thing != named], 2)
-            # The light is that of the named thing, or of both.
-            drawn, lights = tuple(others), (light, light)
-            if shown:
-                drawn, lights = (named, others[0]), (light, OTHER_LIGHT[light])
-                if on_the_right:
-                    drawn, lights = drawn[::-1], lights[::-1]
+        for shown, adds, sentiment, named, drawn, light in block:
+            if adds:
+                light = LIGHT_OF[sentiment if shown else OPPOSITE[sentiment]]
             words = NEUTRAL if adds else MOODS[sentiment]
             parts = [
                 draw.choice(FEELINGS).format(draw.choice(words)),
@@ -131,31 +132,26 @@ def _endless(draw: random.Random) -> Iterator[RelatedPost]:
             ]
             draw.shuffle(parts)
             text = " ".join([draw.choice(OPENINGS), *parts, draw.choice(ENDINGS)]).strip()
-            yield RelatedPost(text, named, drawn, lights, sentiment, shown, adds)
+            yield RelatedPost(text, named, drawn, light, sentiment, shown, adds)
 
 
-BLOCK = 2**3 * len(LIGHT_OF) * len(THINGS) * len(LEVELS)
+BLOCK = 2 * len(LIGHT_OF) * len(LEVELS) * len(THINGS) * (9 + len(THINGS) - 1)
 """Posts after which everything has come equally often."""
 
 
 def draw_related_image(plan: RelatedPost, *, seed: int | Sequence[int]) -> Image.Image:
     """The image of a post, RGB; the same arguments give the same image.
 
-    Things differ in place, size and shade; each half's background is smooth noise in its light.
+    Things differ in place, size and shade; the background is smooth noise in the image's light.
     """
     random = np.random.default_rng(seed)
-    image, half = Image.new("RGB", (SIZE, SIZE)), SIZE // 2
-    pen = ImageDraw.Draw(image)
-    for side, (thing, light) in enumerate(zip(plan.drawn, plan.lights, strict=True)):
-        coarse = random.integers(*LEVELS[light], size=(6, 3, 3), dtype=np.uint8)
-        ground = Image.fromarray(coarse).resize((half, SIZE), Image.Resampling.BICUBIC)
-        image.paste(ground, (side * half, 0))
-        shape, color = THINGS[thing]
-        radius = random.uniform(0.3, 0.46) * half
-        x = half * side + random.uniform(radius, half - radius)
-        y = random.uniform(radius, SIZE - radius)
-        shade = np.clip(np.array(PAINTS[color]) + random.integers(-20, 21, size=3), 0, 255)
-        PENS[shape](pen, x, y, radius, tuple(shade.tolist()))
+    coarse = random.integers(*LEVELS[plan.light], size=(6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    shape, color = THINGS[plan.drawn]
+    radius = random.uniform(0.2, 0.35) * SIZE
+    x, y = random.uniform(radius, SIZE - radius, size=2).tolist()
+    shade = np.clip(np.array(PAINTS[color]) + random.integers(-20, 21, size=3), 0, 255)
+    PENS[shape](ImageDraw.Draw(image), x, y, radius, tuple(shade.tolist()))
     return image
 
 

@@ -71,12 +71,13 @@ def build_mmhs150k(folder: Path) -> None:
 def build_text_image(folder: Path, *, text: str = ",text") -> None:
     for number in range(4):
         draw(folder / "images" / f"69819715569818419{number}.jpg")
-    words = ',"so, good"' if text else ""
     rows = [
-        f"69819715569818419{number}{words},{number // 2},{number % 2},0,0,0,1,,,"
+        f"69819715569818419{number}"
+        + (f',"so, good {number}"' if text else "")
+        + f",{number // 2},{number % 2},0,0,0,1,,,"
         for number in range(4)
     ]
-    rows.append(f"6.92094E+17{words},1,0,0,0,1,0,,,")
+    rows.append(f"6.92094E+17{text},1,0,0,0,1,0,,,")
     head = f"tweet_id{text},text_is_represented,image_adds,image_adds_text_repr,a,b,c,d,e,f"
     (folder / "textimage.csv").write_text("\n".join([head, *rows]) + "\n")
 
