@@ -165,7 +165,7 @@ def build_smoke_vilt(folder: Path) -> None:
 
 
 def build_smoke_vision(folder: Path) -> None:
-    """A tiny ResNet with random weights (3 stages, 36 image tokens of width 64) for images of 48 x 48 pixels."""
+    """A tiny ResNet with random weights (3 stages, 9 image tokens of width 64) for images of 48 x 48 pixels."""
     import torch
     from safetensors.torch import save_file
     from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
