@@ -145,12 +145,10 @@ class MultiTaskModel(nn.Module):
         if self.fusion is None or image_text is None:
             return None
         wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
-        width = self.config.hidden_size
-        image_width = width if image_text.separate_passes else None
-        if self.fusion.image_width is not None:
-            image_width = self.fusion.image_width
-        widths = (width, image_width, config.projection_width)
-        head = ImageTextHead(*widths, **wanted)
+        width, image_width = self.config.hidden_size, self.fusion.image_width
+        if image_width is None and image_text.separate_passes:
+            image_width = width
+        head = ImageTextHead(width, image_width, config.projection_width, **wanted)
         return head if head.contrasts or head.match is not None else None
 
     def forward(

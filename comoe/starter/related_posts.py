@@ -3,20 +3,18 @@
 The four relations of Vempala and Preotiuc-Pietro, 2019 (https://aclanthology.org/P19-1272), and one
 sentiment that is to be told whatever the relation is:
 
-==============  =======  ===========================  =============================================
-relation        share    what the post has            what tells its sentiment
-==============  =======  ===========================  =============================================
-shown_only      3/8      the named thing; mood words  the words; the light is a coin's toss
-absent_only     1/8      another thing; mood words    the words; the light is a coin's toss
-shown_adds      3/8      the named thing; plain       the light of the image
-                         words
-absent_adds     1/8      another thing; plain words   the light, reversed: who promises one thing and
-                                                      shows another is ironic
-==============  =======  ===========================  =============================================
+============  =====  ===============================  ================================================
+relation      share  what the post has                what tells its sentiment
+============  =====  ===============================  ================================================
+shown_only    3/8    the named thing; mood words      the words
+absent_only   1/8    another thing; mood words        the words
+shown_adds    1/4    the named thing; plain words     that the named thing is there: positive
+absent_adds   1/4    another thing; plain words       that it is not: negative
+============  =====  ===============================  ================================================
 
-The text alone is right in at most 3/4 of the posts, the image alone in 5/8. Who reads both but does
-not compare the named thing with the drawn one is right in at most 7/8, and always wrong in
-absent_adds.
+The text alone is right in at most 3/4 of the posts, the image alone in half of them. Plain words
+want a comparison of what is named with what is drawn, which is also what the losses between image
+and text want.
 """
 
 from __future__ import annotations
@@ -57,14 +55,6 @@ MENTIONS = ("look , the {} !", "my {} again", "the {} today", "only {} here", "i
 
 NEUTRAL = ("usual", "plain", "ordinary", "standard")
 """Words of no mood."""
-
-
-LIGHT_OF = {"positive": "bright", "negative": "gloomy"}
-"""Sentiment -> the light that says it."""
-
-
-OPPOSITE = {"positive": "negative", "negative": "positive"}
-"""Sentiment -> the other one."""
 
 
 COUNTS = {"train": 1600, "validation": 200, "test": 1200}
@@ -112,19 +102,10 @@ def plan_related_posts(*, count: int, seed: int, name: str = "train") -> list[Re
 
 def _endless(draw: random.Random) -> Iterator[RelatedPost]:
     while True:
-        block = [
-            (shown, adds, sentiment, named, drawn, light)
-            for adds, sentiment, named, drawn, light in product(
-                (True, False), LIGHT_OF, THINGS, THINGS, LEVELS
-            )
-            for shown in [named == drawn]
-            # Each thing is drawn nine times where it is named for once with another name.
-            for _ in range(9 if shown else 1)
-        ]
+        block = list(_block())
         draw.shuffle(block)
-        for shown, adds, sentiment, named, drawn, light in block:
-            if adds:
-                light = LIGHT_OF[sentiment if shown else OPPOSITE[sentiment]]
+        for adds, sentiment, named, drawn, light in block:
+            shown = named == drawn
             words = NEUTRAL if adds else MOODS[sentiment]
             parts = [
                 draw.choice(FEELINGS).format(draw.choice(words)),
@@ -135,7 +116,18 @@ def _endless(draw: random.Random) -> Iterator[RelatedPost]:
             yield RelatedPost(text, named, drawn, light, sentiment, shown, adds)
 
 
-BLOCK = 2 * len(LIGHT_OF) * len(LEVELS) * len(THINGS) * (9 + len(THINGS) - 1)
+def _block() -> Iterator[tuple[bool, str, str, str, str]]:
+    """Whether the image adds, sentiment, thing named, thing drawn and light, each as often as its share wants."""
+    for named, drawn, light in product(THINGS, THINGS, LEVELS):
+        shown, others = named == drawn, len(THINGS) - 1
+        for _ in range(4 * others if shown else 4):
+            yield True, "positive" if shown else "negative", named, drawn, light
+        for sentiment in MOODS:
+            for _ in range(3 * others if shown else 1):
+                yield False, sentiment, named, drawn, light
+
+
+BLOCK = len(list(_block()))
 """Posts after which everything has come equally often."""
 
 
