@@ -14,8 +14,7 @@ absent_adds   1/4    another thing; plain words       that it is not: negative
 
 The text alone is right in at most 3/4 of the posts, the image alone in half of them. Plain words
 want a comparison of what is named with what is drawn, which is also what the losses between image
-and text want. A sixteenth of the labels is wrong, in all splits, as annotators err: nobody who reads
-both sides is right in more than 15/16.
+and text want.
 """
 
 from __future__ import annotations
@@ -62,10 +61,6 @@ COUNTS = {"train": 1600, "validation": 200, "test": 600}
 """Split -> posts."""
 
 
-WRONG = 1 / 16
-"""Share of the posts whose label is not what text and image say."""
-
-
 @dataclass(frozen=True, slots=True)
 class RelatedPost:
     """One post."""
@@ -78,8 +73,6 @@ class RelatedPost:
     """The thing in the image."""
     light: str
     """Of the background."""
-    meant: str
-    """The sentiment that text and image say."""
     sentiment: str
     """The label."""
     shown: bool
@@ -96,8 +89,8 @@ class RelatedPost:
 def plan_related_posts(*, count: int, seed: int, name: str = "train") -> list[RelatedPost]:
     """Posts in random order; the same arguments give the same posts.
 
-    Among any ``BLOCK`` posts from the beginning on, relations, meant sentiments,
-    things and lights have exactly their shares.
+    Among any ``BLOCK`` posts from the beginning on, relations, sentiments, things
+    and lights have exactly their shares.
 
     Args:
         count: number of posts.
@@ -120,9 +113,7 @@ def _endless(draw: random.Random) -> Iterator[RelatedPost]:
             ]
             draw.shuffle(parts)
             text = " ".join([draw.choice(OPENINGS), *parts, draw.choice(ENDINGS)]).strip()
-            (other,) = {*MOODS} - {sentiment}
-            label = other if draw.random() < WRONG else sentiment
-            yield RelatedPost(text, named, drawn, light, sentiment, label, shown, adds)
+            yield RelatedPost(text, named, drawn, light, sentiment, shown, adds)
 
 
 def _block() -> Iterator[tuple[bool, str, str, str, str]]:

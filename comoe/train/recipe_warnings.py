@@ -14,6 +14,7 @@ from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.encoders.families import FAMILIES
 from comoe.models.moe.gate import GATES
 from comoe.models.vision.fusion import FUSIONS
+from comoe.starter.registry import FOLDERS, home
 from comoe.tasks.kinds.registry import KINDS
 
 
@@ -167,8 +168,10 @@ def _reads_images(recipe: Recipe) -> bool:
 
 
 def _is_single_stream(encoder: str) -> bool:
-    """True for the folder of a model of both sides; what lies elsewhere is not fetched for a warning."""
-    path = Path(encoder).expanduser() / "config.json"
+    """True for the folder, or the ready-made name, of a model of both sides; what lies elsewhere is not
+    fetched for a warning."""
+    folder = home() / FOLDERS[encoder][0] if encoder in FOLDERS else Path(encoder).expanduser()
+    path = folder / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):

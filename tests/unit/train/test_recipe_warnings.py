@@ -8,6 +8,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.validate import validate
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.moe.gate import GATES
+from comoe.starter.registry import prepare
 from comoe.train.recipe_warnings import recipe_warnings
 
 
@@ -159,6 +160,14 @@ def test_a_tower_without_images_and_sides_hidden_from_nobody():
         == warnings_of(data={"hide": "image"}, **photo)
         == []
     )
+
+
+def test_a_ready_made_encoder_of_one_stream_reads_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOE_HOME", str(tmp_path))
+    prepare(["smoke:vilt"], progress=False)
+    losses = {"separate_passes": True, "negatives": "random"}
+    found = warnings_of(model={"encoder": "smoke:vilt"}, loss={"image_text": losses}, tasks=_PHOTO)
+    assert len(found) == 2 and not any("without effect" in text for text in found)
 
 
 _PHOTO = {"mood": {"path": "mood.csv", "image": "photo"}}
