@@ -157,11 +157,15 @@ def need_extra(extra: str, word: str) -> None:
         sys.exit(2)
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """What ``load_predictor`` reads: ``--model``, ``--revision``, ``--device``, ``--no-verify``, ``--plugins``."""
+def add_model(parser: ArgumentParser, *, purpose: str = "") -> None:
+    """What ``load_predictor`` reads: ``--model``, ``--revision``, ``--device``, ``--no-verify``, ``--plugins``.
+
+    With a ``purpose``, which the help says, the model may be left out.
+    """
     add = parser.add_argument
+    what = "folder of an export, or organization/name on the hub"
     # fmt: off
-    add("--model", required=True, help="folder of an export, or organization/name on the hub")
+    add("--model", required=not purpose, help=f"{what}{purpose}")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")

@@ -7,6 +7,7 @@
 --data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
 """
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
         label=options.label_column, image=options.image_column, skip_bad=options.skip_bad, by=options.by,
     )  # fmt: skip
+    if scores.seen:
+        print(
+            f"warning: the model was trained on about {scores.seen:,} of these {scores.posts:,} posts, so that scores "
+            "are too high",
+            file=sys.stderr,
+        )
     found = find_suspicious(scores) if options.suspicious else []
     if options.output:
         gaps = {task: {"gaps": found} for task, found in scores.gaps.items()}

@@ -3,14 +3,15 @@
     comoe predict --model F --input posts.csv --keep created_at --keep platform --output predictions.jsonl
     comoe report predictions.jsonl --labeled runs/starter/predictions/validation --time created_at --by platform
 
-With --labeled or --gold the shares are corrected for what the model gets wrong; else they count predictions.
+With --labeled or --gold the shares are corrected for what the model gets wrong; else they count predictions. With
+--model its embeddings tell whether the posts are of the kind that the labeled ones are.
 """
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser, whole
+from comoe.commands.arguments import add_model, load_predictor, new_parser, whole
 from comoe.commands.guard import guarded
 
 
@@ -37,6 +38,10 @@ def parser() -> ArgumentParser:
     add("--title", help="of the page")
     add("--seed", type=whole(0), default=0, help="of the draws for intervals")
     # fmt: on
+    add_model(
+        found,
+        purpose="; its embeddings tell whether these posts are like those of --labeled or --gold",
+    )
     return found
 
 
@@ -52,6 +57,7 @@ def _report(options) -> str:
     from comoe.config.files import check_target, is_read_from, same_file, write_atomic, write_json
 
     need("report", what="comoe report")
+    from comoe.reporting.drift import embedder
     from comoe.reporting.page import render
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
     from comoe.reporting.report import ReportOptions, make_report
@@ -59,6 +65,10 @@ def _report(options) -> str:
     output = options.output or options.predictions.with_suffix(".html")
     if options.period != "auto" and options.time is None:
         raise ValueError("--period is of --time, the column with the time of a post; name it.")
+    if options.model is not None and options.labeled is None and not options.gold:
+        raise ValueError(
+            "--model compares the posts with labeled ones; name them with --labeled or --gold."
+        )
     if options.json is not None and same_file(options.json, output):
         raise ValueError(f"--json {options.json} is the page itself; name another file.")
     for place in (output, options.json):
@@ -83,7 +93,8 @@ def _report(options) -> str:
         if not sign:
             raise ValueError(f"--gold is {word!r}; it must be TASK=COLUMN.")
         labeled[task] = labeled_of(corpus, task, column)
-    report = make_report(corpus, labeled, chosen)
+    embed = embedder(load_predictor(options)) if options.model else None
+    report = make_report(corpus, labeled, chosen, embed)
     title = options.title or f"Report of {options.predictions.name}"
     write_atomic(output, render(report, title=title, options=chosen))
     if options.json:

@@ -20,6 +20,7 @@ from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.rows import RowReader, read_rows, settle
 from comoe.data.reading.sources import unread_files
 from comoe.data.report import DataReport
+from comoe.data.text.normalize import same_text
 from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task, kind_of
 
@@ -81,7 +82,7 @@ def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
 
     def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
         columns = zip(split.texts, split.pairs, split.images, strict=True)
-        return [(" ".join(text.casefold().split()), pair, image) for text, pair, image in columns]
+        return [(same_text(text), pair, image) for text, pair, image in columns]
 
     there = set(keys(known))
     return sum(key in there for key in keys(posts))

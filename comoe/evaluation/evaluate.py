@@ -73,6 +73,9 @@ TEACHER_KL = "teacher_kl"
 MEAN = "mean"
 """Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
 
+CHOSEN = "chosen"
+"""Name of the number that ``train.early_stop_metric`` asks for, larger is better, in the lines of a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:

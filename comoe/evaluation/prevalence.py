@@ -161,3 +161,18 @@ def population_stability(expected_K: np.ndarray, found_K: np.ndarray) -> float:
     """
     e_K, f_K = ((counts_K + 0.5) / (counts_K + 0.5).sum() for counts_K in (expected_K, found_K))
     return float(((f_K - e_K) * np.log(f_K / e_K)).sum())
+
+
+def counts_2x2(gold_N: np.ndarray, found_N: np.ndarray) -> np.ndarray:
+    """(gold, predicted) of a label: absence, presence."""
+    known = ~np.isnan(gold_N) & ~np.isnan(found_N)
+    gold, found = (np.stack([1 - some[known], some[known]]) for some in (gold_N, found_N))
+    return gold @ found.T
+
+
+def weighted_mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float]:
+    """Mean with its 95 % interval (normal, effective number of posts)."""
+    mean = float(np.average(values_N, weights=weights_N))
+    spread = float(np.average((values_N - mean) ** 2, weights=weights_N)) ** 0.5
+    half = 1.959963984540054 * spread / max(effective(weights_N) - 1, 1) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}

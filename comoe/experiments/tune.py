@@ -19,6 +19,7 @@ from comoe.config.failure import doing
 from comoe.config.files import atomic_file, lock_beside, locked, write_atomic
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.space import Range, Space, load_space
+from comoe.evaluation.evaluate import CHOSEN, MEAN
 from comoe.evaluation.tables import markdown_table
 from comoe.experiments.runner import (
     OWN_KEYS,
@@ -205,7 +206,10 @@ class Run(Trial):
 
 
 class Pruned:
-    """Whether a trial is worse than the median of the others, by the validation lines of its run, in their order."""
+    """Whether a trial is worse than the median of the others, by the validation lines of its run, in their order.
+
+    Compared is what ``train.early_stop_metric`` asks for, as trials are ranked.
+    """
 
     def __init__(self, trial: optuna.Trial, folder: Path) -> None:
         self._trial, self._folder = trial, folder
@@ -218,7 +222,8 @@ class Pruned:
         """Compare what is new."""
         lines = read_metrics(self._folder / METRICS_FILE)
         for line in lines:
-            step, value = line.get("step"), line.get("mean")
+            # Older versions called what early_stop_metric asks for the mean.
+            step, value = line.get("step"), line.get(CHOSEN, line.get(MEAN))
             if self._answer or line.get("split") != "validation" or step in self._seen:
                 continue
             self._seen.add(step)

@@ -25,6 +25,7 @@ from comoe.config.load import load_saved_recipe
 from comoe.config.recipe import Recipe
 from comoe.data.images.pixels import ImageProcessor
 from comoe.data.reading.inputs import column_in_training
+from comoe.data.seen_posts import SEEN
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.evaluation.calibration import with_calibration
 from comoe.inference.checkpoint_folder import (
@@ -68,6 +69,7 @@ def export_model(
     tasks: Sequence[Task],
     backbone: Backbone,
     results: Mapping[str, Any] | None = None,
+    seen: Path | None = None,
 ) -> None:
     """Write an export, read it back to prove that it loads, and only then give it its name.
 
@@ -78,6 +80,7 @@ def export_model(
         tasks: in the order of the model's heads.
         backbone: what belongs to the pre-trained parts.
         results: the run's ``results.json``, measured on these very weights, for the model card.
+        seen: the filter of its training posts (``comoe.data.seen_posts``); None or no file: none.
 
     Raises:
         ValueError: the folder holds something that is no export, or weights and recipe do not fit.
@@ -108,8 +111,10 @@ def export_model(
             image_processor.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
         (aside / CARD).write_text(_card(folder.name, **about), encoding="utf-8")
-        # The card is there to be edited.
-        write_manifest(aside, spared=(CARD,))
+        if seen is not None and seen.is_file():
+            shutil.copyfile(seen, aside / SEEN)
+        # The card is there to be edited, and the filter to be deleted.
+        write_manifest(aside, spared=(CARD, SEEN))
         load_exported(aside, verify=False)
 
 
@@ -177,6 +182,7 @@ def export_checkpoint(
             read_image_processor(run / "tokenizer"),
         ),
         results=results,
+        seen=run / SEEN,
     )
     return checkpoint
 
@@ -262,7 +268,7 @@ def _in_the_way(folder: Path) -> str:
     content = read_json(config) if config.is_file() else None
     if not isinstance(content, dict) or content.get("model_type") != "comoe":
         return "exists and is not an export of comoe"
-    own = {MANIFEST, CARD, *read_manifest(folder).get("files", {})}
+    own = {MANIFEST, CARD, SEEN, *read_manifest(folder).get("files", {})}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if MANIFEST not in found:
         own |= {WEIGHTS, CONFIG, *filter(_USUAL.fullmatch, found)}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from comoe.config.extras import need
 from comoe.config.files import read_json, write_json
+from comoe.data.seen_posts import SEEN
 from comoe.inference.checkpoint_folder import MANIFEST, write_manifest
 from comoe.inference.export import replacing
 from comoe.inference.export_config import CARD, CONFIG
@@ -157,6 +158,8 @@ def add_onnx(source: Path, out: Path, *, int8: bool = False, verify: bool = True
     with tempfile.TemporaryDirectory(prefix="comoe-onnx-") as name:
         copy = Path(name) / "export"
         copy_export(source, copy)  # before ``out``, which may be the same, is replaced
+        if (source / SEEN).is_file():
+            shutil.copyfile(source / SEEN, copy / SEEN)
         limit = exported.data_config.max_length
         batches = sample_batches(exported.model, limit)
         with torch.inference_mode():
@@ -175,7 +178,7 @@ def add_onnx(source: Path, out: Path, *, int8: bool = False, verify: bool = True
         with replacing(out) as aside:
             shutil.copytree(copy, aside, dirs_exist_ok=True)
             (aside / MANIFEST).unlink(missing_ok=True)
-            write_manifest(aside, spared=(CARD,))
+            write_manifest(aside, spared=(CARD, SEEN))
     return f"{about['precision']} logits within {found:.1g} of PyTorch's on random tokens"
 
 

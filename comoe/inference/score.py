@@ -13,6 +13,7 @@ from comoe.data.posts import PostSplit
 from comoe.data.reading.inputs import DataChoice
 from comoe.data.report import BadRow, DataReport
 from comoe.data.sampling.sampler import eval_batches
+from comoe.data.seen_posts import SEEN, count_seen
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.evaluation.calibration import ece_of
 from comoe.evaluation.evaluate import Evaluation, evaluate, reporting
@@ -43,6 +44,8 @@ class Scores:
     """Task -> gaps between the values of its slices."""
     read: PostSplit | None = None
     """The posts."""
+    seen: int = 0
+    """About how many of them the model was trained on, by the filter of its export; 0 without one."""
 
 
 def score(
@@ -82,6 +85,7 @@ def score(
     report = DataReport()
     posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report, needed=by)
     exported = predictor.exported
+    seen = count_seen(exported.folder / SEEN, posts)
     split = tokenize_split(
         posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
     )
@@ -102,6 +106,7 @@ def score(
         unfit,
         gaps_of(evaluation.outputs, chosen, split.posts.columns),
         split.posts,
+        seen,
     )
 
 

@@ -144,7 +144,7 @@ class Table(JsonLines):
             self.columns += [task.name] + [
                 f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
             ]
-            self.columns += [f"{task.name}/prior"] if task.name in self.adapted else []
+            self.columns += [prior_column(task)] if task.name in self.adapted else []
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
         self.columns += REMARKS[self.predictor.long.mode]
         return csv_line(self.columns, raw=self.raw)
@@ -237,8 +237,16 @@ def table_cells(prediction: Mapping[str, Any], tasks: Sequence[Task]) -> dict[st
             scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
             row |= {f"{task.name}/{label}": score for label, score in scores.items()}
             if "prior" in prediction[task.name]:
-                row[f"{task.name}/prior"] = prediction[task.name]["prior"]
+                row[prior_column(task)] = prediction[task.name]["prior"]
     return row
+
+
+def prior_column(task: Task) -> str:
+    """The column of a table that says how scores were adapted: ``task/prior``, with _ behind it where a label is so."""
+    column = f"{task.name}/prior"
+    while column.removeprefix(f"{task.name}/") in task.labels:
+        column += "_"
+    return column
 
 
 def _cell(task: Task, prediction: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from comoe.reporting.report import (
     MAX_SLICES,
     OPEN,
     OTHER_KIND,
+    SURE,
     UNEXPLAINED,
     ReportOptions,
 )
@@ -39,6 +40,7 @@ def render(report: Mapping[str, Any], *, title: str, options: ReportOptions) -> 
         shown,
         title=title,
         interval=_interval,
+        sure=SURE,
         least=options.least,
         most=MAX_SLICES,
         version=__version__,
@@ -91,13 +93,15 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
         found.append(
             f"No labeled post has {', '.join(never)}, so how the model errs there is not known; its share is a guess."
         )
-    if (area := task.get("drift", {}).get("words") or 0.0) > OTHER_KIND:
+    drift = task.get("drift", {})
+    by = "embeddings" if drift.get("embeddings") else "words"
+    if drift.get(by) and (area := drift[by]["auc"]) > OTHER_KIND:
         found.append(
-            f"These posts are of another kind than the labeled ones: their words tell them apart (area under the curve "
+            f"These posts are of another kind than the labeled ones: their {by} tell them apart (area under the curve "
             f"{area:.2f}). The model may err otherwise here, and then the corrected shares are wrong: label some 200 "
             "of these posts, drawn at random, and give them with --gold."
         )
-    if (index := task.get("drift", {}).get("scores", 0.0)) > 0.25:
+    if (index := drift.get("scores", 0.0)) > 0.25:
         found.append(
             f"The scores differ much from those of the labeled posts (population stability index {index:.2f}): label "
             "some of these posts and measure again."

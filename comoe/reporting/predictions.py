@@ -45,6 +45,14 @@ class TaskPredictions:
         """Whether a post has a prediction, (N,) bool."""
         return ~np.isnan(self.values).any(1)
 
+    def with_labels(self, labels: Sequence[str]) -> TaskPredictions:
+        """With these labels too, which no post has: predictions without scores name those that occur alone."""
+        new = [label for label in labels if label not in self.labels]
+        count = (len(self.values), len(new))
+        none_NK = np.where(self.predicted[:, None], 0.0, np.full(count, np.nan))
+        values_NK, scores_NK = (np.hstack([some, none_NK]) for some in (self.values, self.scores))
+        return replace(self, labels=(*self.labels, *new), values=values_NK, scores=scores_NK)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -210,7 +218,7 @@ def _is_adapted(row: Mapping[str, Any]) -> bool:
     """Whether ``comoe predict`` adapted a task of a row, of lines of JSON or of a csv."""
     return any(
         (isinstance(cell, Mapping) and "prior" in cell and _kind(cell) is not None)
-        or (key.endswith("/prior") and cell in ("assumed", "em"))
+        or (key.rstrip("_").endswith("/prior") and cell in ("assumed", "em"))
         for key, cell in row.items()
     )
 

@@ -14,10 +14,13 @@ from comoe.evaluation.prevalence import (
     Shares,
     corrected_shares,
     counted_shares,
+    counts_2x2,
     effective,
     population_stability,
     sampled_shares,
+    weighted_mean,
 )
+from comoe.reporting.drift import Embed, drift_of
 from comoe.reporting.predictions import (
     NUMBER,
     ONE,
@@ -26,7 +29,6 @@ from comoe.reporting.predictions import (
     Corpus,
     TaskPredictions,
 )
-from comoe.reporting.statistics import counts_2x2, told_apart, weighted_mean
 from comoe.reporting.times import PERIODS, choose_period, names_between, read_times
 
 
@@ -65,6 +67,9 @@ LEAST_LABELED = 100
 OTHER_KIND = 0.85
 """Area under the curve from which posts are called of another kind than the labeled ones."""
 
+SURE = 0.05
+"""Largest p-value with which posts are said to differ from the labeled ones."""
+
 BINS = 10
 """Of the reliability diagram."""
 
@@ -73,7 +78,10 @@ DRAWS, SLICE_DRAWS = 1000, 300
 
 
 def make_report(
-    corpus: Corpus, labeled: Mapping[str, TaskPredictions], options: ReportOptions
+    corpus: Corpus,
+    labeled: Mapping[str, TaskPredictions],
+    options: ReportOptions,
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
     """All numbers of a report, ready for JSON.
 
@@ -82,6 +90,7 @@ def make_report(
         labeled: task -> predictions with gold labels by the same model, whose confusion corrects
             the shares; tasks without any are counted only.
         options: columns, limits.
+        embed: gives embeddings, by which the corpus is compared with the labeled posts; None: words alone.
 
     Raises:
         ValueError: no such column or period, or weights that are no positive numbers.
@@ -89,13 +98,13 @@ def make_report(
     weights_N = _weights(corpus, options)
     groups, notes = _groups(corpus, options)
     known = {
-        name: _widened(task, labeled[name].labels)
+        name: task.with_labels(labeled[name].labels)
         if name in labeled and task.what == labeled[name].what == ONE
         else task
         for name, task in corpus.tasks.items()
     }
     tasks = [
-        _Section(corpus, task, labeled.get(name), weights_N, options).made(groups)
+        _Section(corpus, task, labeled.get(name), weights_N, options, embed).made(groups)
         for name, task in known.items()
     ]
     choices = _choices(corpus, weights_N)
@@ -198,6 +207,7 @@ class _Section:
     labeled: TaskPredictions | None
     weights_N: np.ndarray
     options: ReportOptions
+    embed: Embed | None
 
     def made(self, groups: Sequence[_Group]) -> dict[str, Any]:
         task, every_N = self.task, np.arange(len(self.corpus))
@@ -299,9 +309,9 @@ class _Section:
 
     def against_labeled(self) -> dict[str, Any]:
         """How far the corpus lies from the labeled posts, and how right the scores are there."""
-        task = self.task
+        task, drift = self.task, self.drift()
         if task.what != ONE:
-            return {}
+            return {"drift": drift}
         confusion, labeled = self.confusion(), self.labeled
         both = labeled.predicted & ~np.isnan(labeled.gold).any(1)
         here_K = task.values[task.predicted].sum(0)
@@ -324,12 +334,19 @@ class _Section:
             "drift": {
                 "labels": population_stability(confusion.sum(0), here_K),
                 "scores": population_stability(certain_there, certain),
-                "words": told_apart(labeled.texts, self.corpus.texts),
+                **drift,
             },
             "never_labeled": [
                 label for label, row in zip(task.labels, confusion, strict=True) if not row.sum()
             ],
         }
+
+    def drift(self) -> dict[str, Any]:
+        """What tells the posts with a prediction from the labeled ones."""
+        texts, options = self.corpus.texts, self.options
+        texts = [texts[row] for row in np.flatnonzero(self.task.predicted)]
+        more = {"embed": self.embed, "quoted": bool(options.examples), "seed": options.seed}
+        return drift_of(self.labeled.texts, texts, task=self.task.name, **more)
 
     def examples(self) -> dict[str, Any]:
         """Label -> texts of highest score, and those nearest to another label, each text once."""
@@ -379,11 +396,3 @@ def _choices(corpus: Corpus, weights_N: np.ndarray) -> dict[str, Choice]:
         for task in corpus.tasks.values()
         if task.what == ONE
     }
-
-
-def _widened(task: TaskPredictions, labels: Sequence[str]) -> TaskPredictions:
-    """With these labels too, which no post has: predictions without scores name those that occur alone."""
-    new = [label for label in labels if label not in task.labels]
-    none_NK = np.where(task.predicted[:, None], 0.0, np.full((len(task.values), len(new)), np.nan))
-    values_NK, scores_NK = (np.hstack([some, none_NK]) for some in (task.values, task.scores))
-    return replace(task, labels=(*task.labels, *new), values=values_NK, scores=scores_NK)

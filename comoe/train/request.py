@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comoe.config.files import read_json
 from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
@@ -66,6 +67,13 @@ def load_requested(request: Request) -> Recipe:
         raise ValueError(
             f"--resume {request.resume}: the folder has a config.yaml and nothing else of a run; begin one with "
             f"--config {saved}."
+        )
+    results = request.resume / "results.json"
+    fitted = results.is_file() and read_json(results).get("baseline")
+    if fitted:
+        raise ValueError(
+            f"--resume {request.resume}: it holds a classical model ({fitted[0]}), which comoe compare fitted at once "
+            f"and no training goes on with; begin a run of its recipe with --config {saved} run.name=<another>."
         )
     recipe = load_saved_recipe(saved, request.overrides)
     router, key = recipe.train.router_learning_rate, "train.router_learning_rate"

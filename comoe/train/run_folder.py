@@ -17,6 +17,7 @@ from comoe.config.failure import doing, parsing
 from comoe.config.files import locked, read_json, write_atomic, write_json
 from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
+from comoe.data.seen_posts import SEEN, write_seen
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
 from comoe.tasks.task import Task, tasks_from
 from comoe.train.environment import describe_environment
@@ -254,6 +255,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         folder / SET_ASIDE,
         "".join(json.dumps(row, default=str) + "\n" for row in run.report.rows()),
     )
+    write_seen(folder / SEEN, run.splits["train"].posts)
     contents = {
         FILLED_SETTINGS: run.settings,
         OWN_SETTINGS: own_settings,

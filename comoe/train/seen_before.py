@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from comoe.config.load import load_saved_recipe
@@ -11,14 +12,16 @@ from comoe.config.recipe import Recipe
 from comoe.data.corpus import Corpus, load_corpus, shared_posts
 from comoe.data.held_out import split_seed
 from comoe.data.posts import PART_NAMES, PostSplit
+from comoe.data.seen_posts import SEEN, count_seen
 from comoe.starter.registry import resolve
 
 
 def posts_seen_before(recipe: Recipe, corpus: Corpus) -> list[str]:
     """One sentence for each earlier model and split of which it has learned posts, as far as that can be told.
 
-    An export has no posts; the recipe of its run has, which lies in the folder above it. It is read
-    again where it names a data set of this run, and may have held out other posts of it.
+    The recipe of its run, in the folder above an export, is read again where it names a data set of
+    this run, and may have held out other posts of it. Of other exports the filter of their training
+    posts counts (``comoe.data.seen_posts``), if it is there.
 
     Args:
         recipe: of this run.
@@ -36,24 +39,29 @@ def posts_seen_before(recipe: Recipe, corpus: Corpus) -> list[str]:
 
 def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterator[str]:
     saved = export.resolve().parent / "config.yaml"
-    if not saved.is_file():
-        return
+    count, about = partial(count_seen, export / SEEN), "about "
     try:
-        theirs = _without_models(load_saved_recipe(saved))
-        if not _places(theirs) & _places(recipe) or _held_out_by(theirs) == _held_out_by(recipe):
-            return
-        known = _texts(load_corpus(theirs).splits["train"])
+        theirs = _without_models(load_saved_recipe(saved)) if saved.is_file() else None
+        if theirs is not None and _places(theirs) & _places(recipe):
+            if _held_out_by(theirs) == _held_out_by(recipe):
+                return
+            known = _texts(load_corpus(theirs).splits["train"])
+            count, about = partial(shared_posts, known=known), ""
+        found = {split: count(_texts(posts)) for split, posts in _evaluated(corpus).items()}
     except (ValueError, OSError) as error:
         yield f"{name}: whether it has learned posts that this run is evaluated on cannot be told ({error})"
         return
-    for split in PART_NAMES[1:]:
-        posts = corpus.splits.get(split, ())
-        if len(posts) and (repeated := shared_posts(_texts(posts), known=known)):
+    for split, repeated in found.items():
+        if repeated:
             yield (
-                f"{name} was trained on {repeated:,} of the {len(posts):,} {split} posts of this run, so that scores "
-                "are too high; its recipe held out others (data.split_seed, fractions, stratify, tasks.<name>.splits, "
-                "hold_out)"
+                f"{name} was trained on {about}{repeated:,} of the {len(corpus.splits[split]):,} {split} posts of this "
+                "run, so that scores are too high; its recipe held out others (data.split_seed, fractions, stratify, "
+                "tasks.<name>.splits, hold_out)"
             )
+
+
+def _evaluated(corpus: Corpus) -> dict[str, PostSplit]:
+    return {split: posts for split in PART_NAMES[1:] if len(posts := corpus.splits.get(split, ()))}
 
 
 def _without_models(recipe: Recipe) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -22,7 +23,14 @@ from comoe.distributed import (
     sum_over_ranks,
     world_size,
 )
-from comoe.evaluation.evaluate import MEAN, TEACHER_KL, Evaluation, chosen_metric
+from comoe.evaluation.evaluate import (
+    CHOSEN,
+    MEAN,
+    TEACHER_KL,
+    Evaluation,
+    chosen_metric,
+    mean_metric,
+)
 from comoe.inference.checkpoint_folder import sorted_checkpoints
 from comoe.losses.objective import count_units, unit_scale
 from comoe.train.checkpoint.folder import mark_best
@@ -304,9 +312,12 @@ class Trainer:
             return False
         options = run.recipe.train
         value = chosen_metric(evaluation.metrics, run.tasks, options.early_stop_metric)
+        shown = {CHOSEN: value}
+        with contextlib.suppress(ValueError):  # teachers need no label
+            shown[MEAN] = mean_metric(evaluation.metrics, run.tasks)
         if not all(math.isfinite(found.get("loss", 0.0)) for found in evaluation.metrics.values()):
             # Some metrics give NaN a rank like any number.
-            value = math.nan
+            value, shown = math.nan, dict.fromkeys(shown, math.nan)
         improved = state.record(value, patience=options.patience)
         draws = follow_progress(run, evaluation)
         kl = evaluation.teacher_kl().get(MEAN)
@@ -316,7 +327,7 @@ class Trainer:
                 state.step,
                 split="validation",
                 evaluation=evaluation,
-                mean=value,
+                **shown,
                 **teacher_kl,
                 **draws,
             )

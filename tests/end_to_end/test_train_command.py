@@ -180,6 +180,8 @@ def test_checkpoints_and_export_are_whole(smoke_run):
     assert config["num_local_experts"] == 4 and config["num_experts_per_tok"] == 2
     assert (export / "model.safetensors").stat().st_size > 100_000
     assert (export / "tokenizer.json").is_file()
+    posts = "training_posts.npy"
+    assert (export / posts).read_bytes() == (smoke_run.folder / posts).read_bytes()
     results = read_json(smoke_run.folder / "results.json")
     assert f"{results['metrics']['test']['mood']['macro_f1']:.3f}" in (
         export / "README.md"

@@ -70,11 +70,11 @@ HOMES = {
     "jinja2": ("comoe/reporting/page.py",),
     "ray": ("comoe/inference/ray_engine.py",),
     "emoji": ("comoe/data/text/",),
-    "sklearn": ("comoe/data/", "comoe/reporting/statistics.py", "comoe/inference/select.py",
+    "sklearn": ("comoe/data/", "comoe/reporting/drift.py", "comoe/inference/select.py",
                 "comoe/experiments/", "comoe/train/monitor/embedding_plots.py"),
     "captum": ("comoe/inference/explain.py",),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/",
-              "comoe/reporting/statistics.py"),
+              "comoe/reporting/drift.py"),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may
 appear anywhere."""

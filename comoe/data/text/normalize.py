@@ -80,6 +80,11 @@ def normalize_words(words: Sequence[str], config: NormalizeConfig) -> list[str]:
     return [normalize_post(word, config) for word in words]
 
 
+def same_text(text: str) -> str:
+    """What posts have in common that count as one text: upper and lower case and white space make no difference."""
+    return " ".join(text.casefold().split())
+
+
 def is_blank(text: str) -> bool:
     """True for a text without a visible character: nothing, white space, control characters."""
     return not _visible(text).strip()

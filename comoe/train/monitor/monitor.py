@@ -160,7 +160,8 @@ class Monitor:
             step: optimizer steps done.
             split: validation or test.
             evaluation: metrics, confusion matrices and measures.
-            measured: mean (of the main metrics), seconds, and whatever else the caller measures.
+            measured: mean (of the main metrics), chosen (``train.early_stop_metric``), and whatever else the caller
+                measures.
         """
         if not self.enabled:
             return

@@ -293,6 +293,24 @@ def test_every_output_is_adapted_and_says_so(predictor, tmp_path, capsys, format
             read_corpus(tmp_path / f"out.{format}")
 
 
+def test_a_label_that_is_called_prior_keeps_its_column(tmp_path):
+    task = replace(MIXED, labels=("prior", "prior_", "good"))
+    model = tiny_predictor(tmp_path, tasks=(task,))
+    (tmp_path / "in.txt").write_text("good day\nbad rain\nthe sun\n")
+    target = tmp_path / "out.csv"
+    predict_file(model, tmp_path / "in.txt", target, PredictOptions(format="csv"))
+    assert read_corpus(target).tasks["mood"].labels == task.labels
+    options = PredictOptions(format="csv", adapt_prior="em")
+    predict_file(model, tmp_path / "in.txt", target, options)
+    head, *cells = csv.reader(target.read_text().splitlines())
+    assert len(set(head)) == len(head) and head.count("mood/prior__") == 1
+    for row in (dict(zip(head, some, strict=True)) for some in cells):
+        assert row["mood/prior__"] == "em"
+        assert sum(float(row[f"mood/{label}"]) for label in task.labels) == pytest.approx(1)
+    with pytest.raises(ValueError, match="a report estimates the mix itself"):
+        read_corpus(target)
+
+
 def test_options_that_do_not_go_together_are_refused(predictor, tmp_path):
     with pytest.raises(ValueError, match="--explain gradients explains labels as the model gives"):
         PredictOptions(explain="gradients", adapt_prior="em")

@@ -17,6 +17,7 @@ from comoe.experiments.classical import Examples, lexicon, majority, naive_bayes
 from comoe.experiments.compare.command import run_comparison
 from comoe.experiments.compare.plan import plan_arms
 from comoe.experiments.lexicon import applies, by_words, read_lexicon
+from comoe.train.request import Request, load_requested
 from comoe.train.run_folder import MARK
 from tests.helpers_compare import MODEL, arguments, experiment_of
 
@@ -114,6 +115,8 @@ def test_a_classical_run_has_the_mark_of_a_run_and_replaces_nothing_of_others(ex
     assert run_comparison(given) == []
     folder = experiment.runs / "majority-s0"
     assert (folder / MARK).is_file()
+    with pytest.raises(ValueError, match="holds a classical model .majority."):
+        load_requested(Request(resume=folder, deepspeed="zero2"))
     (folder / "results.json").unlink()  # cut short: the next call makes it again
     assert run_comparison(given) == [] and (folder / "results.json").is_file()
     for name in ("results.json", MARK):

@@ -42,10 +42,11 @@ def given(tmp_path):
 
 
 class Training:
-    """Writes what a run would: the validation metric falls with the distance of the rate from 1e-3."""
+    """Writes what a run would: far from a rate of 1e-3 what the recipe asks for is low, and the mean high."""
 
-    def __init__(self, killed_at=None):
-        self.killed_at, self.runs, self.given_up = killed_at, [], []
+    def __init__(self, killed_at=None, *, old=False):
+        self.killed_at, self.runs, self.given_up = killed_at, [], {}
+        self.keys = {"mean": 1} if old else {"mean": -1, "chosen": 1}
 
     def __call__(self, experiment, run, *, give_up=None):
         folder = experiment.runs / run.name
@@ -57,11 +58,12 @@ class Training:
         rate = float(overrides["train.learning_rate"])
         value = 1 / (1 + abs(rate - 1e-3) * 1000) - 0.01 * ("soft" in overrides["model.moe.gate"])
         for step in (10, 20, 30):
-            line = {"step": step, "split": "validation", "mean": value * step / 30}
+            line = {"step": step, "split": "validation"}
+            line |= {key: sign * value * step / 30 for key, sign in self.keys.items()}
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if give_up():
-                self.given_up.append(run.name)
+                self.given_up[run.name] = value
                 return "comoe: stopped"
         (folder / "export").mkdir()
         (folder / "results.json").write_text(json.dumps({"finished": True, "best_value": value}))
@@ -76,10 +78,11 @@ def outcomes(given):
     return [(t.state, t.params, t.value) for t in tune.counted(study_of(given))]
 
 
+@pytest.mark.parametrize("old", [False, True])
 def test_a_study_finds_the_best_recipe_ends_poor_runs_and_leaves_out_what_costs(
-    given, monkeypatch, capsys
+    given, monkeypatch, capsys, old
 ):
-    training = Training()
+    training = Training(old=old)
     monkeypatch.setattr(tune, "run_trial", training)
     assert tune._tune(given) is False
     assert len(training.runs) == 8 == len(tune.counted(study_of(given)))
@@ -87,6 +90,8 @@ def test_a_study_finds_the_best_recipe_ends_poor_runs_and_leaves_out_what_costs(
     assert all(overrides["run.plots"] == "false" for _, overrides in training.runs)
     complete = [t for t in study_of(given).trials if t.state == optuna.trial.TrialState.COMPLETE]
     best = max(complete, key=lambda trial: trial.value)
+    values = sorted(trial.value for trial in complete)
+    assert max(training.given_up.values()) < values[len(values) // 2]
     recipe = load_recipe(given.output / "best.yaml")
     assert recipe.train.learning_rate == best.params["train.learning_rate"]
     assert recipe.train.batch_size == best.params["train.batch_size"] and recipe.run.plots

@@ -15,9 +15,12 @@ from helpers_model import HF_CONFIGS, VARIANTS, moe_config, random_batch, tiny_m
 from safetensors.torch import load_file, save_file
 
 from comoe.config.files import lock_beside, locked
-from comoe.inference.checkpoint_folder import whats_wrong
+from comoe.data.posts import unlabelled_posts
+from comoe.data.seen_posts import SEEN, write_seen
+from comoe.inference.checkpoint_folder import MANIFEST, whats_wrong
 from comoe.inference.export import Backbone, export_checkpoint, export_model, make_room
 from comoe.inference.exported import load_exported
+from comoe.inference.hub import export_files
 from comoe.inference.model_card import model_card
 from comoe.train.checkpoint.folder import find_checkpoint
 
@@ -340,6 +343,20 @@ def test_a_run_folder_exports_its_best_or_last_checkpoint(tmp_path, which, best,
     assert used.name == f"step-{step:08d}"
     loaded = load_exported(tmp_path / "out").model
     assert torch.equal(loaded.projection.weight, models[step].projection.weight)
+
+
+def test_the_filter_of_training_posts_goes_with_the_export_and_may_be_deleted(tmp_path):
+    make_run(tmp_path / "run", steps=(3,))
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "run", out)
+    assert not (out / SEEN).exists()  # a run of an older version
+    write_seen(tmp_path / "run" / SEEN, unlabelled_posts(["a post"], tasks=[]))
+    export_checkpoint(tmp_path / "run", out)  # over the older one
+    export_checkpoint(tmp_path / "run", out)
+    assert (out / SEEN).read_bytes() == (tmp_path / "run" / SEEN).read_bytes()
+    assert SEEN not in (out / MANIFEST).read_text() and SEEN not in export_files(out)
+    (out / SEEN).unlink()
+    load_exported(out)
 
 
 def test_one_checkpoint_can_be_named_and_has_only_its_own_results(tmp_path):

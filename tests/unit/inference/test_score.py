@@ -14,7 +14,9 @@ from helpers_export import MOOD, TOPIC, tiny_predictor
 from sklearn.metrics import accuracy_score, f1_score
 
 from comoe.commands.eval import main
+from comoe.data.posts import unlabelled_posts
 from comoe.data.reading.inputs import DataChoice
+from comoe.data.seen_posts import SEEN, write_seen
 from comoe.inference.score import format_scores, score
 from comoe.inference.suspicious import doubted_tasks, find_suspicious
 from comoe.tasks.kinds.tagging import PHRASE_TAGS
@@ -160,6 +162,25 @@ def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, ca
         runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
     assert "is the --data itself" in capsys.readouterr().err
     assert (tmp_path / "d.jsonl").read_bytes() == data
+
+
+def test_posts_that_the_model_was_trained_on_are_told(tmp_path, monkeypatch, capsys):
+    tiny_predictor(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    texts = [f"good {chr(97 + number // 26)}{chr(97 + number % 26)}" for number in range(100)]
+    write(tmp_path / "d.jsonl", [{"text": text, "label": "good"} for text in texts])
+    command = ["--model", "export", "--data", "d.jsonl", "--task", "mood"]
+    for seen, told in ((None, False), (texts[:80], True), (TEXTS * 9, False)):
+        if seen is not None:
+            write_seen(tmp_path / "export" / SEEN, unlabelled_posts(seen, tasks=[]))
+        main(command)
+        said = re.findall(r"was trained on about (\d+) of these 100 posts", capsys.readouterr().err)
+        assert len(said) == told
+        if told:
+            assert abs(int(said[0]) - 80) <= 6
+    (tmp_path / "export" / SEEN).write_text("torn")
+    with pytest.raises(SystemExit, match="training_posts.npy .* delete it"):
+        main(command)
 
 
 def test_metrics_by_a_column_of_the_file_and_suspicious_labels_in_a_table(

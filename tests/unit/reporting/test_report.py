@@ -329,7 +329,7 @@ def test_posts_of_another_kind_are_warned_of(predictions, labeled):
         for number, one in enumerate(rows)
     ])  # fmt: skip
     mood = report(predictions, "--labeled", str(labeled))["tasks"]["mood"]
-    assert mood["drift"]["words"] > 0.95
+    assert mood["drift"]["words"]["auc"] > 0.95
     assert "of another kind than the labeled ones" in predictions.with_suffix(".html").read_text()
 
 

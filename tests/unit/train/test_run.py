@@ -133,3 +133,17 @@ def test_a_folder_with_a_recipe_alone_is_no_run_to_resume(tmp_path):
     (tmp_path / "config.yaml").write_text("tasks: {mood: {path: mood.csv}}\n")
     with pytest.raises(ValueError, match="has a config.yaml and nothing else of a run; begin one"):
         load_requested(Request(resume=tmp_path))
+
+
+def test_a_classical_model_is_no_run_to_resume(tmp_path):
+    (tmp_path / "config.yaml").write_text("tasks: {mood: {path: mood.csv}}\n")
+    for name, text in (
+        (".begun", "x"),
+        ("tasks.json", "[]"),
+        ("results.json", '{"finished": "all"}'),
+    ):
+        (tmp_path / name).write_text(text)
+    load_requested(Request(resume=tmp_path))
+    (tmp_path / "results.json").write_text('{"finished": "fitted", "baseline": ["naive_bayes"]}')
+    with pytest.raises(ValueError, match=r"holds a classical model \(naive_bayes\).* begin a run"):
+        load_requested(Request(resume=tmp_path, deepspeed="zero2"))

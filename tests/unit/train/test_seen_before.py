@@ -1,12 +1,15 @@
 """Posts of evaluation that an earlier model has learned are told, as far as its run is there."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from comoe.config.load import load_recipe, save_recipe
 from comoe.data.corpus import load_corpus, shared_posts
+from comoe.data.seen_posts import SEEN, write_seen
 from comoe.train.seen_before import posts_seen_before
 
 
@@ -59,3 +62,22 @@ def test_a_run_whose_posts_are_gone_is_told(run, recipe_of):
     )
     (said,) = posts_seen_before(ours, load_corpus(ours))
     assert "cannot be told (tasks.two.path (no.jsonl): there is no file or folder" in said
+
+
+def test_an_export_without_its_run_knows_its_posts_by_its_filter(run, recipe_of):
+    theirs = load_corpus(recipe_of("data.split_seed=1"))
+    moved = run.parent / "moved"
+    shutil.move(run / "export", moved)
+    write_seen(moved / SEEN, theirs.splits["train"])
+    ours = recipe_of(f"distill.teachers=[{moved}]", "data.validation_fraction=0.5")
+    corpus = load_corpus(ours)
+    exact = shared_posts(corpus.splits["validation"], known=theirs.splits["train"])
+    (said,) = posts_seen_before(ours, corpus)
+    (told,) = re.findall(r"was trained on about (\d+) of the 30 validation posts", said)
+    assert abs(int(told) - exact) <= 2 and exact > 20
+    # Those that it held out are not taken for learned ones.
+    splits = {"train": theirs.splits["train"], "validation": theirs.splits["validation"]}
+    assert posts_seen_before(ours, replace(corpus, splits=splits)) == []
+    (moved / SEEN).write_bytes(b"no array")
+    (said,) = posts_seen_before(ours, corpus)
+    assert "cannot be told" in said and "delete it, it serves a warning alone" in said

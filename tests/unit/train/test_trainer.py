@@ -106,6 +106,7 @@ class Log:
 
     train: list[int] = field(default_factory=list)
     checks: list[int] = field(default_factory=list)
+    shown: list[dict[str, float]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
 
@@ -113,8 +114,9 @@ class Log:
         self.train.append(step)
         self.speeds.append(posts_per_second)
 
-    def log_evaluation(self, step: int, **_: Any) -> None:
+    def log_evaluation(self, step: int, **measured: Any) -> None:
         self.checks.append(step)
+        self.shown.append({key: measured[key] for key in ("mean", "chosen")})
 
     def log_event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -297,6 +299,24 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(tmp_pa
     now_and_then.train()
     state = now_and_then.run.state
     assert (state.finished, state.nonfinite_total) == ("all steps done", 3)
+
+
+def test_an_evaluation_shows_the_mean_and_what_the_recipe_asks_for(tmp_path):
+    """The error falls while the loss rises: by hand, larger is better."""
+    trainer = trainer_in(tmp_path, values=[-3.0, -2.0, -1.0], early_stop_metric="heat/loss")
+    losses, evaluate = iter([1.0, 2.0, 4.0]), trainer.evaluator.run
+
+    def with_loss(name: str, **options: Any) -> Evaluation:
+        evaluation = evaluate(name, **options)
+        evaluation.metrics["heat"]["loss"] = next(losses)
+        return evaluation
+
+    trainer.evaluator.run = with_loss
+    trainer.train()
+    assert trainer.run.monitor.shown == [
+        {"mean": -3.0, "chosen": -1.0}, {"mean": -2.0, "chosen": -2.0}, {"mean": -1.0, "chosen": -4.0},
+    ]  # fmt: skip
+    assert best(trainer) == 2 and trainer.run.state.best_value == -1.0
 
 
 @pytest.mark.parametrize("skipped", [(5, 6), (1, 2, 3, 4, 5, 6)])
