@@ -25,7 +25,6 @@ from comoe.config.load import load_saved_recipe
 from comoe.config.recipe import Recipe
 from comoe.data.images.pixels import ImageProcessor
 from comoe.data.reading.inputs import column_in_training
-from comoe.data.seen_posts import SEEN
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.evaluation.calibration import with_calibration
 from comoe.inference.checkpoint_folder import (
@@ -36,7 +35,7 @@ from comoe.inference.checkpoint_folder import (
     whats_wrong,
     write_manifest,
 )
-from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, export_config
+from comoe.inference.export_config import CARD, CONFIG, SEEN, SPARED, WEIGHTS, export_config
 from comoe.inference.exported import load_exported, read_image_processor
 from comoe.inference.model_card import model_card
 from comoe.models.moe.gate import GATES
@@ -113,8 +112,7 @@ def export_model(
         (aside / CARD).write_text(_card(folder.name, **about), encoding="utf-8")
         if seen is not None and seen.is_file():
             shutil.copyfile(seen, aside / SEEN)
-        # The card is there to be edited, and the filter to be deleted.
-        write_manifest(aside, spared=(CARD, SEEN))
+        write_manifest(aside, spared=SPARED)
         load_exported(aside, verify=False)
 
 
@@ -268,7 +266,7 @@ def _in_the_way(folder: Path) -> str:
     content = read_json(config) if config.is_file() else None
     if not isinstance(content, dict) or content.get("model_type") != "comoe":
         return "exists and is not an export of comoe"
-    own = {MANIFEST, CARD, SEEN, *read_manifest(folder).get("files", {})}
+    own = {MANIFEST, *SPARED, *read_manifest(folder).get("files", {})}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if MANIFEST not in found:
         own |= {WEIGHTS, CONFIG, *filter(_USUAL.fullmatch, found)}

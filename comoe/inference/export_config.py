@@ -17,6 +17,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.data.datasets import read_as_words
 from comoe.data.reading.inputs import columns_in_training
+from comoe.data.seen_posts import SEEN
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
@@ -24,6 +25,10 @@ FORMAT_VERSION = 1
 
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+SPARED = (CARD, SEEN)
+"""Files that the manifest does not list: the card is there to be edited, the filter of posts to be deleted."""
 
 
 IMAGES = "preprocessor_config.json"

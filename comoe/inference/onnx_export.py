@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from comoe.config.extras import need
 from comoe.config.files import read_json, write_json
-from comoe.data.seen_posts import SEEN
 from comoe.inference.checkpoint_folder import MANIFEST, write_manifest
 from comoe.inference.export import replacing
-from comoe.inference.export_config import CARD, CONFIG
+from comoe.inference.export_config import CONFIG, SEEN, SPARED
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.hub import copy_export
 from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONNX, OnnxModel
@@ -178,7 +177,7 @@ def add_onnx(source: Path, out: Path, *, int8: bool = False, verify: bool = True
         with replacing(out) as aside:
             shutil.copytree(copy, aside, dirs_exist_ok=True)
             (aside / MANIFEST).unlink(missing_ok=True)
-            write_manifest(aside, spared=(CARD, SEEN))
+            write_manifest(aside, spared=SPARED)
     return f"{about['precision']} logits within {found:.1g} of PyTorch's on random tokens"
 
 
