@@ -57,6 +57,7 @@ def _report(options) -> str:
     from comoe.config.files import check_target, is_read_from, same_file, write_atomic, write_json
 
     need("report", what="comoe report")
+    from comoe.inference.checkpoint_folder import is_part_of
     from comoe.reporting.drift import embedder
     from comoe.reporting.page import render
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
@@ -75,6 +76,8 @@ def _report(options) -> str:
         for source in (options.predictions, options.labeled):
             if place is not None and source is not None and is_read_from(place, source):
                 raise ValueError(f"{place} would replace what is read; name another file.")
+        if place is not None and options.model and is_part_of(place, Path(options.model)):
+            raise ValueError(f"{place} is a file of the model; name another one.")
         if place is not None:
             check_target(place)
     chosen = ReportOptions(
@@ -86,6 +89,7 @@ def _report(options) -> str:
         examples=options.examples,
         seed=options.seed,
     )
+    embed = embedder(load_predictor(options)) if options.model else None
     labeled = {} if options.labeled is None else read_labeled(options.labeled)
     corpus = read_corpus(options.predictions)
     for word in options.gold:
@@ -93,7 +97,6 @@ def _report(options) -> str:
         if not sign:
             raise ValueError(f"--gold is {word!r}; it must be TASK=COLUMN.")
         labeled[task] = labeled_of(corpus, task, column)
-    embed = embedder(load_predictor(options)) if options.model else None
     report = make_report(corpus, labeled, chosen, embed)
     title = options.title or f"Report of {options.predictions.name}"
     write_atomic(output, render(report, title=title, options=chosen))

@@ -302,3 +302,6 @@ def test_a_report_shows_drift_by_the_embeddings_of_a_model(kind, export, tmp_pat
 def test_a_model_without_labeled_posts_is_refused(export, tmp_path):
     with pytest.raises(SystemExit, match="--model compares the posts with labeled ones"):
         main.main(["report", str(tmp_path / "p.jsonl"), "--model", str(export)])
+    given = ["--gold", "mood=gold", "--model", str(export), "--output", str(export / "config.json")]
+    with pytest.raises(SystemExit, match="config.json is a file of the model"):
+        main.main(["report", str(tmp_path / "p.jsonl"), *given])
