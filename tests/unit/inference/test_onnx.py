@@ -22,7 +22,8 @@ from helpers_model import HF_CONFIGS, VARIANTS, moe_config, tiny_encoder
 
 from comoe.commands.main import main
 from comoe.config.recipe import ModelConfig
-from comoe.data.seen_posts import SEEN
+from comoe.data.posts import unlabelled_posts
+from comoe.data.seen_posts import SEEN, write_seen
 from comoe.inference.exported import load_exported
 from comoe.inference.predictor import Predictor
 from comoe.models.build import build_model
@@ -122,9 +123,9 @@ def exports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     tasks = (replace(MOOD, temperature=1.7), *TASKS[1:])
     export_tiny(folder, tasks=tasks)
-    (folder / "export" / SEEN).write_bytes(b"a filter")
+    write_seen(folder / "export" / SEEN, unlabelled_posts(["a post"], tasks=[]))
     onnx_export.add_onnx(folder / "export", folder / "float32")
-    assert (folder / "float32" / SEEN).read_bytes() == b"a filter"
+    assert (folder / "float32" / SEEN).read_bytes() == (folder / "export" / SEEN).read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         # Traced once.
         traced = folder / "float32" / ONNX
