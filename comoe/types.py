@@ -11,10 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+from comoe.deferred import Deferred
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 IGNORED = -100
 """Label id of a position without a label; what torch's cross-entropy skips."""
@@ -27,7 +32,7 @@ predicts, over the encoder's real tokens, and over the target tokens of a decode
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch of one rank, padded to its longest row."""
+    """One micro-batch of one rank, padded to its longest row; for an ONNX file of NumPy arrays, without labels."""
 
     input_ids_BL: Tensor
     """Token ids, int64."""
@@ -96,7 +101,7 @@ class Batch:
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, torch.Tensor):
                 moved[item.name] = value.to(device, non_blocking=True)
             elif isinstance(value, Mapping) and item.name != "texts":
                 moved[item.name] = {
@@ -110,7 +115,7 @@ class Batch:
             item.name: value[rows_R]
             for item in fields(self)
             if item.name.endswith(("_B", "_BL", "_BD"))
-            and isinstance(value := getattr(self, item.name), Tensor)
+            and isinstance(value := getattr(self, item.name), torch.Tensor)
         }
         for name in ("labels", "confidences", "soft_labels"):
             kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}

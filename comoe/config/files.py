@@ -178,6 +178,12 @@ _DEFUSED = re.compile(_FORMULA.pattern.replace("([=", "'([=").replace("(?!(?<=;)
 _SIGNED = re.compile(r"[+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
 
 
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def csv_line(cells: Iterable[Any], *, raw: bool = False) -> str:
     """One line of a CSV file, with its line feed.
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
-from comoe.data.images.pixels import PixelReader
 from comoe.data.posts import hidden, unlabelled_posts
 from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
 from comoe.data.tokens.split import (
@@ -24,8 +21,17 @@ from comoe.data.tokens.split import (
     target_of,
 )
 from comoe.data.tokens.tokenize import tokenize
+from comoe.deferred import Deferred
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from comoe.data.images.pixels import PixelReader
+else:
+    torch = Deferred("torch")
 
 
 class Collator:
@@ -78,7 +84,12 @@ class Collator:
         self._filler = TokenRow(tokens.input_ids, tokens.token_types, tokens.word_ids)
 
     def __call__(
-        self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool = False
+        self,
+        split: TokenizedSplit,
+        indices: np.ndarray,
+        *,
+        all_tasks: bool = False,
+        arrays: bool = False,
     ) -> Batch:
         """One batch on the CPU.
 
@@ -89,12 +100,41 @@ class Collator:
             all_tasks: prediction: a row that serves one task is made for every task, labeled or
                 not; a task in decoder mode has rows for posts with its label and for posts without
                 any label. Else there would be nothing to score, and generating takes long.
+            arrays: of NumPy instead of PyTorch, and only what an ONNX file reads: no labels.
         """
         served = {
             int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices
         }
         pairs = [(int(post), task) for post in indices for task in served[int(post)]]
         pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
+        rows, inputs = self._inputs(split, pairs)
+        if arrays:
+            return Batch(**inputs)
+        posts = [post for post, _ in pairs]
+        images = [split.posts.images[post] if post >= 0 else None for post in posts]
+        pixels, image_rows, image_numbers = (
+            (None,) * 3 if self.pixels is None else self.pixels.collate(images)
+        )
+        shares = [len(served.get(post, "-")) for post in posts]
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return Batch(
+            **(inputs | {name: torch.from_numpy(value) for name, value in given.items()}),
+            pixels_I3HW=pixels,
+            image_rows_I=image_rows,
+            image_numbers_I=image_numbers,
+            **self._targets(split, pairs, rows, length=inputs["input_ids_BL"].shape[1]),
+            confidences=confidences_of(split.posts, posts, self.tasks),
+            target_ids_BD=_ragged([self._target_ids(split, post, task) for post, task in pairs])
+            if self._decoded
+            else None,
+            choices={name: _ragged(words) for name, words in self._words.items()},
+            **domain_columns(self.domains, split.posts, posts, shares),
+        )
+
+    def _inputs(
+        self, split: TokenizedSplit, pairs: Sequence[tuple[int, int]]
+    ) -> tuple[list[TokenRow], dict[str, np.ndarray | None]]:
+        """Rows of a batch with these (post, task) rows, and what the model reads of them."""
         rows = [
             self._filler
             if post < 0
@@ -104,32 +144,17 @@ class Collator:
             for post, task in pairs
         ]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
-        posts = [post for post, _ in pairs]
-        images = [split.posts.images[post] if post >= 0 else None for post in posts]
-        pixels, image_rows, image_numbers = (
-            (None,) * 3 if self.pixels is None else self.pixels.collate(images)
-        )
-        shares = [len(served.get(post, "-")) for post in posts]
         pad = functools.partial(_padded, length=length)
-        return Batch(
-            pixels_I3HW=pixels,
-            image_rows_I=image_rows,
-            image_numbers_I=image_numbers,
-            input_ids_BL=pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
-            attention_mask_BL=pad([np.ones(len(row.input_ids)) for row in rows]),
-            token_type_ids_BL=pad([row.token_types for row in rows]) if self._segments else None,
-            word_starts_BL=pad([row.word_starts for row in rows]).bool(),
-            task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
-            text_numbers_B=self._text_numbers(pairs) if self._row_per_task else None,
-            row_ids_B=torch.tensor(posts, dtype=torch.int64),
-            **self._targets(split, pairs, rows, length=length),
-            confidences=confidences_of(split.posts, posts, self.tasks),
-            target_ids_BD=_ragged([self._target_ids(split, post, task) for post, task in pairs])
-            if self._decoded
-            else None,
-            choices={name: _ragged(words) for name, words in self._words.items()},
-            **domain_columns(self.domains, split.posts, posts, shares),
-        )
+        inputs = {
+            "input_ids_BL": pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
+            "attention_mask_BL": pad([np.ones(len(row.input_ids)) for row in rows]),
+            "token_type_ids_BL": pad([row.token_types for row in rows]) if self._segments else None,
+            "word_starts_BL": pad([row.word_starts for row in rows]).astype(bool),
+            "task_ids_B": np.array([task for _, task in pairs], dtype=np.int64),
+            "text_numbers_B": self._text_numbers(pairs) if self._row_per_task else None,
+            "row_ids_B": np.array([post for post, _ in pairs], dtype=np.int64),
+        }
+        return rows, inputs
 
     def rows_per_post(self, tasks: Sequence[Task]) -> int:
         """Most rows of a batch that a post has where it is asked for these tasks."""
@@ -228,11 +253,11 @@ class Collator:
             )
         return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
 
-    def _text_numbers(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    def _text_numbers(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
         """Rows of a post have its text, those of tasks in decoder mode a prompt of their own."""
         texts = [(post, task if task in self._decoded else -1) for post, task in pairs]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        return torch.tensor([numbers[text] for text in texts], dtype=torch.int64)
+        return np.array([numbers[text] for text in texts], dtype=np.int64)
 
     def _target_ids(
         self, split: TokenizedSplit, post: int, number: int
@@ -248,17 +273,19 @@ class Collator:
         return self._words[task.name][value] if task.label_words else split.targets[task.name][post]
 
 
-def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int = 0) -> Tensor:
-    """Rows of any length as one int64 tensor (B, L)."""
+def _padded(
+    rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int = 0
+) -> np.ndarray:
+    """Rows of any length as one int64 array (B, L)."""
     padded = np.full((len(rows), length), fill, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
-    return torch.from_numpy(padded)
+    return padded
 
 
 def _ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
     """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; D is at least 1."""
-    return _padded(rows, length=max(1, *map(len, rows)), fill=IGNORED)
+    return torch.from_numpy(_padded(rows, length=max(1, *map(len, rows)), fill=IGNORED))
 
 
 ROW_PER_TASK: dict[str, bool] = {"token": False, "task": True, "both": True}

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from comoe.config.errors import nearest, unknown_name
 from comoe.config.recipe import AdversarialConfig, Recipe
-from comoe.data.datasets import Group
 from comoe.data.posts import UNSEEN, PostSplit
 from comoe.data.reading.files import RawSplit
 from comoe.data.reading.rows import cell_text
 from comoe.data.report import DataReport
+from comoe.deferred import Deferred
 from comoe.tasks.labels import is_missing, natural_order
 from comoe.tasks.slices import number_of, slice_columns, slice_of
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, Task
 from comoe.types import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from comoe.data.datasets import Group
+else:
+    torch = Deferred("torch")
 
 MAX_SLICES = 50
 """Most values of a column that scores are sliced by: each becomes a few numbers in every

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import read_json, write_json
+from comoe.config.files import digest_of, read_json, write_json
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without
@@ -49,7 +48,7 @@ def write_manifest(folder: Path, *, spared: Sequence[str] = (), **about: Any) ->
     }
     sizes = {name: path.stat().st_size for name, path in files.items()}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+        digests = dict(zip(files, pool.map(digest_of, files.values()), strict=True))
     write_json(folder / MANIFEST, {**about, "files": sizes, "sha256": digests})
 
 
@@ -75,7 +74,9 @@ def is_part_of(path: Path, folder: Path) -> bool:
     return own is None or place.relative_to(folder).as_posix() in {*own, MANIFEST}
 
 
-def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> str:
+def manifest_problem(
+    folder: Path, *, needed: Sequence[str], verify: bool, unread: Container[str] = ()
+) -> str:
     """How the files of a folder differ from its manifest; empty where they do not.
 
     Args:
@@ -83,6 +84,7 @@ def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> st
         needed: files that the manifest must list.
         verify: compare the bytes too, by their digests, which takes as long as reading them. Older
             versions wrote none.
+        unread: files that nobody will read, of which the size is enough.
     """
     if not (folder / MANIFEST).is_file():
         return "it has no manifest, so its writing was cut short"
@@ -96,7 +98,9 @@ def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> st
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
     for name, digest in manifest.get("sha256", {}).items() if verify else ():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if name in unread:
+            continue
+        if not (folder / name).is_file() or digest_of(folder / name) != digest:
             return f"{name} was changed after it was written (its SHA-256 is another)"
     return ""
 
@@ -177,8 +181,3 @@ def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
             f"{folder}."
         )
     return chosen
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

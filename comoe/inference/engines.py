@@ -12,16 +12,20 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from comoe.data.posts import Post
+from comoe.deferred import Deferred
 from comoe.inference.long_posts import LongPosts
 from comoe.inference.options import PredictOptions
 from comoe.inference.post_stream import PostStream
 from comoe.inference.predictor import Predictor
 from comoe.inference.windows import Window, predict_posts
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Deferred("torch")
 
 Answers = Iterator[tuple[Window, list[dict[str, Any]]]]
 """Each window with the predictions of the posts that it asks for."""
@@ -57,15 +61,16 @@ class Job:
     @classmethod
     def of(cls, predictor: Predictor, posts: PostStream, *, first: int) -> Job:
         """The predictions of some posts by other processes with the same model."""
-        rows, options = posts.rows, posts.options
+        rows, options, exported = posts.rows, posts.options, predictor.exported
+        threads = exported.model.threads if exported.backend == "onnx" else torch.get_num_threads()
         # The place of the model of this process says which kind of device was asked for.
         return cls(
-            folder=predictor.exported.folder,
+            folder=exported.folder,
             device=str(predictor.device),
             precision=str(predictor.precision).removeprefix("torch."),
-            backend=predictor.exported.backend,
+            backend=exported.backend,
             long=predictor.long,
-            threads=max(1, torch.get_num_threads() // options.workers),
+            threads=max(1, threads // options.workers),
             source=rows.source,
             root=rows.root,
             total=rows.total,
@@ -75,7 +80,6 @@ class Job:
 
     def start(self, number: int) -> Predictor:
         """The model of the process with this number."""
-        torch.set_num_threads(self.threads)
         device = self.device
         if device == "cuda":
             device = f"cuda:{number % torch.cuda.device_count()}"
@@ -85,6 +89,7 @@ class Job:
             verify=False,
             precision=self.precision,
             backend=self.backend,
+            threads=self.threads,
         )
         return replace(predictor, long=self.long)
 

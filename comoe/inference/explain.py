@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from comoe.config.errors import unknown_name
 from comoe.config.extras import need
@@ -20,11 +18,18 @@ from comoe.config.recipe import DataConfig
 from comoe.data.collator import Collator
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
 from comoe.data.tokens.tokenize import readable
+from comoe.deferred import Deferred
 from comoe.inference.exported import Exported
 from comoe.inference.onnx_model import OnnxModel
 from comoe.tasks.kinds.regression import unstandardized
 from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 if TYPE_CHECKING:
     from comoe.models.model import MultiTaskModel
@@ -115,7 +120,9 @@ class Explainer:
             return {}
         ids_L, words = self._words(split, post)
         if method == ATTENTION:
-            weights_L = output.attentions[task.name][row].float().cpu().numpy()
+            weights_L = output.attentions[task.name][row]
+            if not isinstance(weights_L, np.ndarray):
+                weights_L = weights_L.float().cpu().numpy()
             return attention_per_word(weights_L, ids_L, words=words)
         layers = [block.layer for block in self.exported.model.moe_layers()]
         return {EXPERTS: experts(output, row, ids_L, words, layers=layers)}

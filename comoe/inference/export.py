@@ -36,7 +36,7 @@ from comoe.inference.checkpoint_folder import (
     write_manifest,
 )
 from comoe.inference.export_config import CARD, CONFIG, SEEN, SPARED, WEIGHTS, export_config
-from comoe.inference.exported import load_exported, read_image_processor
+from comoe.inference.exported import describe_tokenizer, load_exported, read_image_processor
 from comoe.inference.model_card import model_card
 from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
@@ -102,10 +102,11 @@ def export_model(
         }
         with doing("writing", folder / WEIGHTS):
             save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
+        backbone.tokenizer.save_pretrained(str(aside))
+        describe_tokenizer(aside, config)
         write_json(aside / CONFIG, config)
         # safetensors writes for the owner alone; others may read what the umask lets them.
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
-        backbone.tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}

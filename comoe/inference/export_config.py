@@ -31,6 +31,10 @@ SPARED = (CARD, SEEN)
 """Files that the manifest does not list: the card is there to be edited, the filter of posts to be deleted."""
 
 
+AGAIN = "copy or export the folder again"
+"""What to do about a damaged export."""
+
+
 IMAGES = "preprocessor_config.json"
 """How images become numbers; in an export of a model that reads them."""
 

@@ -6,21 +6,25 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from comoe.config.errors import unknown_name
 from comoe.data.collator import Collator
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.distributed import gpu_lacks_bf16
+from comoe.deferred import Deferred
 from comoe.inference.columns import Posts, whole_cell
 from comoe.inference.exported import Exported
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.task import Task
-from comoe.types import ModelOutput
+from comoe.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Deferred("torch")
 
 UNCOMPUTABLE = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError)
 """What a model raises that was built from a configuration with values of another type or size."""
@@ -34,21 +38,31 @@ class Forward:
     """The model and what belongs to it."""
     collator: Collator
     """Makes the batches."""
-    device: torch.device
-    """Where the model is."""
-    precision: torch.dtype
-    """Of its products."""
+    device: torch.device | str
+    """Where the model is; the word cpu for an ONNX file."""
+    precision: torch.dtype | str
+    """Of its products; a word for an ONNX file."""
 
-    def autocast(self) -> torch.autocast:
-        """Around a forward pass: its products have the precision, the weights stay as they are."""
-        reduced = self.precision != torch.float32
-        return torch.autocast(self.device.type, dtype=self.precision, enabled=reduced)
+    @property
+    def _arrays(self) -> bool:
+        """Whether nothing needs PyTorch: neither the model nor the kinds, which plugins may have changed."""
+        return self.exported.backend == "onnx" and not self.exported.config.get("plugins")
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Around a forward pass of an export: values of a configuration may load and not compute."""
+        """Around a forward pass of an export: values of a configuration may load and not compute.
+
+        Products have the precision, the weights stay as they are.
+        """
         try:
-            with self.autocast():
+            if self.exported.backend == "onnx":
+                yield
+                return
+            precision = None if self.precision in ("float32", torch.float32) else self.precision
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
+            ):
                 yield
         except UNCOMPUTABLE as error:
             raise ValueError(
@@ -76,20 +90,19 @@ class Forward:
         ] = True
         return split
 
-    @torch.inference_mode()
     def outputs(
         self, split: TokenizedSplit, indices: np.ndarray, tasks: Sequence[Task]
     ) -> tuple[ModelOutput, list[tuple[Task, list[tuple[int, int, PostOutput]]]]]:
         """One forward pass, and of each task (post, row of the batch, what the model gives it)."""
-        batch = self.collator(split, indices)
+        batch = self._batch(split, indices)
         with self._computing():
-            output = self.exported.model(batch.to(self.device))
+            output = self.exported.model(self._moved(batch))
         found = []
         posts_B = batch.row_ids_B.tolist()
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = task.rules.serves(batch.task_ids_B, number).nonzero()[:, 0].tolist()
+            rows = np.flatnonzero(task.rules.serves(np.asarray(batch.task_ids_B), number)).tolist()
             outputs = task.rules.outputs(
                 output, batch, rows, task=task, detokenize=self.collator.detokenize
             )
@@ -98,13 +111,20 @@ class Forward:
             )
         return output, found
 
-    @torch.inference_mode()
     def embed(self, split: TokenizedSplit, indices: np.ndarray) -> tuple[list[int], np.ndarray]:
         """Posts of one forward pass and their vectors, float32, (B, M)."""
-        batch = self.collator(split, indices)
+        batch = self._batch(split, indices)
         with self._computing():
-            vectors_BM = self.exported.model.embed(batch.to(self.device))
-        return batch.row_ids_B.tolist(), vectors_BM.float().cpu().numpy()
+            vectors_BM = self.exported.model.embed(self._moved(batch))
+        if not isinstance(vectors_BM, np.ndarray):
+            vectors_BM = vectors_BM.float().cpu().numpy()
+        return batch.row_ids_B.tolist(), vectors_BM
+
+    def _batch(self, split: TokenizedSplit, indices: np.ndarray) -> Batch:
+        return self.collator(split, indices, **({"arrays": True} if self._arrays else {}))
+
+    def _moved(self, batch: Batch) -> Batch:
+        return batch if self._arrays else batch.to(self.device)
 
     def remarks(self, split: TokenizedSplit, posts_B: list[int], predictions: list[dict]) -> None:
         """Say of posts that were cut, or that lost their image."""
@@ -131,6 +151,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: another name, or float16 without a GPU.
     """
+    from comoe.distributed import gpu_lacks_bf16
+
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         reduced = "float16" if gpu_lacks_bf16() else "bfloat16"

@@ -7,12 +7,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
+from typing import TYPE_CHECKING, Any
 
 from comoe import __version__
+from comoe.config.files import same_file
 from comoe.inference.checkpoint_folder import MANIFEST, manifest_problem, read_manifest
 from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, read_export_config
+
+if TYPE_CHECKING:
+    from comoe.inference.exported import Exported
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``organization/name``."""
@@ -48,6 +51,8 @@ def find_export(
                 f"{name} is a folder here, which has no revisions; leave revision out."
             )
         return Path(name)
+    from huggingface_hub import snapshot_download  # takes 0.1 s, which a folder does not need
+
     with _readable(f"{name} is no folder, and the hub does not give it", token):
         found = snapshot_download(
             str(name),
@@ -92,6 +97,8 @@ def push_export(
     if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"{repository!r} is no name on the hub; write organization/name.")
     files = export_files(folder)
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token, library_name="comoe", library_version=__version__)
     with _readable(f"{folder} could not be pushed to {repository}", token):
         api.create_repo(repository, private=private, exist_ok=True)
@@ -106,6 +113,56 @@ def push_export(
                 commit_message=message,
             )
         )
+
+
+class OnHub:
+    """What a ``huggingface_hub.ModelHubMixin`` does, for an export that was loaded."""
+
+    exported: Exported
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Copy the export to a folder.
+
+        Args:
+            save_directory: the folder; it is made.
+            push_to_hub: upload it as well.
+            repo_id: as what, ``organization/name``; None is the name of the folder.
+            options: of ``push_to_hub``.
+
+        Returns:
+            The address of the commit, None where nothing is uploaded.
+
+        Raises:
+            ValueError: the folder is the one that it was read from, or its files were changed.
+        """
+        target = Path(save_directory)
+        if same_file(target, self.exported.folder):
+            raise ValueError(f"{save_directory} is the folder that the model was read from.")
+        target.mkdir(parents=True, exist_ok=True)
+        copy_export(self.exported.folder, target)
+        return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the export to the hub in one commit, and return its address.
+
+        Args:
+            repo_id: ``organization/name``.
+            options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as private, branch, token
+                and commit_message.
+
+        Raises:
+            ValueError: files of the export were changed.
+        """
+        from huggingface_hub import ModelHubMixin  # takes 0.2 s, which no prediction waits for
+
+        return ModelHubMixin.push_to_hub(self, repo_id, **options)
 
 
 def export_files(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from comoe.config.files import read_json, write_json
 from comoe.inference.checkpoint_folder import MANIFEST, write_manifest
 from comoe.inference.export import replacing
 from comoe.inference.export_config import CONFIG, SEEN, SPARED
-from comoe.inference.exported import Exported, load_exported
+from comoe.inference.exported import Exported, describe_tokenizer, load_exported
 from comoe.inference.hub import copy_export
 from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONNX, OnnxModel
 from comoe.models.model import MultiTaskModel
@@ -173,7 +173,9 @@ def add_onnx(source: Path, out: Path, *, int8: bool = False, verify: bool = True
                 f"{CLOSE:g}; please report it, and predict with the export as it is."
             )
         about = {"precision": "int8" if int8 else "float32", "max_length": limit}
-        write_json(copy / CONFIG, read_json(copy / CONFIG) | {"onnx": about})
+        config = read_json(copy / CONFIG) | {"onnx": about}
+        describe_tokenizer(copy, config)
+        write_json(copy / CONFIG, config)
         with replacing(out) as aside:
             shutil.copytree(copy, aside, dirs_exist_ok=True)
             (aside / MANIFEST).unlink(missing_ok=True)

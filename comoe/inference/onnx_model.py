@@ -1,16 +1,27 @@
-"""The ONNX file of an export as a model: batches in, ``ModelOutput`` out, run by onnxruntime on the CPU."""
+"""The ONNX file of an export as a model: batches in, ``ModelOutput`` out, run by onnxruntime on the CPU.
+
+Batches of NumPy arrays need no PyTorch, which takes longer to import than the file to load.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from comoe.config.extras import need
 from comoe.config.failure import parsing
+from comoe.deferred import Deferred
 from comoe.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Deferred("torch")
 
 ONNX = "model.onnx"
 """The file, in the folder of an export."""
@@ -39,7 +50,7 @@ class OnnxModel:
 
     Args:
         path: the file.
-        threads: of each operation; None is what PyTorch would take.
+        threads: of each operation; None is ``usual_threads``.
 
     Raises:
         ValueError: no onnxruntime, or a file that it cannot read.
@@ -50,9 +61,10 @@ class OnnxModel:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        self.threads = threads or usual_threads()
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        self._tokens = TOKENS * options.intra_op_num_threads
+        self._tokens = TOKENS * self.threads
         options.log_severity_level = 3  # errors
         with parsing(path, "export the model again"):
             self.session = onnxruntime.InferenceSession(
@@ -65,23 +77,23 @@ class OnnxModel:
         self._outputs = [one.name for one in self.session.get_outputs()]
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Logits and attentions of every row."""
+        """Logits and attentions of every row, tensors or arrays as the batch has them."""
         found = self._run(batch, [name for name in self._outputs if name != EMBEDDING])
         logits, attentions = (
             {name.removeprefix(kind): value for name, value in found.items() if name.startswith(kind)}
             for kind in (LOGITS, ATTENTION)
         )  # fmt: skip
-        return ModelOutput(logits, {}, attentions, (), torch.zeros(0, dtype=torch.int64))
+        return ModelOutput(logits, {}, attentions, (), _alike(batch)(np.zeros(0, dtype=np.int64)))
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Any:
         """As ``MultiTaskModel.embed``."""
         return self._run(batch, [EMBEDDING])[EMBEDDING]
 
-    def _run(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+    def _run(self, batch: Batch, names: list[str]) -> dict[str, Any]:
         """Outputs of the rows, computed in passes of ``TOKENS``, each as long as its longest row."""
-        given = {name: getattr(batch, INPUTS[name]).numpy() for name in self._inputs}
+        given = {name: np.asarray(getattr(batch, INPUTS[name])) for name in self._inputs}
         rows, length = batch.input_ids_BL.shape
-        lengths_B = batch.attention_mask_BL.sum(dim=1).numpy()
+        lengths_B = np.asarray(batch.attention_mask_BL).sum(axis=1)
         step, parts = max(1, self._tokens // length), []
         for start in range(0, rows, step):
             some = slice(start, start + step)
@@ -101,10 +113,15 @@ class OnnxModel:
                 ]
             )
         columns = zip(*parts, strict=True)
+        alike = _alike(batch)
         return {
-            name: torch.from_numpy(np.concatenate(column))
-            for name, column in zip(names, columns, strict=True)
+            name: alike(np.concatenate(column)) for name, column in zip(names, columns, strict=True)
         }
+
+
+def _alike(batch: Batch) -> Any:
+    """Makes what the batch is made of out of an array."""
+    return np.asarray if isinstance(batch.input_ids_BL, np.ndarray) else torch.from_numpy
 
 
 def _as_long(value: np.ndarray, length: int | None) -> np.ndarray:
@@ -112,3 +129,20 @@ def _as_long(value: np.ndarray, length: int | None) -> np.ndarray:
     if length is None or value.shape[1] == length:
         return value
     return np.pad(value, [(0, 0), (0, length - value.shape[1]), (0, 0)][: value.ndim])
+
+
+def usual_threads() -> int:
+    """Threads of an operation that PyTorch was told to take, or would: OMP_NUM_THREADS, else one per core."""
+    if "torch" in sys.modules:
+        return torch.get_num_threads()
+    told = re.match(r"\s*([1-9]\d{0,3})\b", os.environ.get("OMP_NUM_THREADS", ""))
+    return min(int(told[1]), _cores()) if told else _cores()
+
+
+def _cores() -> int:
+    """Cores of this process; two processors of one core compute in turns."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {number: Path(place.format(number)) for number in os.sched_getaffinity(0)}
+    return len({f.read_text() if f.is_file() else number for number, f in files.items()})

@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import comoe
@@ -21,7 +21,6 @@ from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
 from comoe.inference.post_stream import PostStream, open_posts
-from comoe.inference.predict_adapted import Adapted
 from comoe.inference.predictor import Predictor
 from comoe.inference.ray_engine import predict_with_ray
 from comoe.inference.summary import Counts, Summary
@@ -65,6 +64,8 @@ def predict_file(
         raise unknown_name("--engine", options.engine, ENGINES)
     writer = make_writer(predictor, options)
     if options.adapts:
+        from comoe.inference.predict_adapted import Adapted  # brings in PyTorch
+
         writer = Adapted(writer, options)
     _refuse_read(target, Path(source), predictor)
     writer.check(target)
@@ -175,11 +176,12 @@ def _only_one(target: Path) -> Iterator[bool]:
 
 def _head(predictor: Predictor, options: PredictOptions) -> dict[str, str]:
     """What the bytes of an output depend on besides the posts."""
+    library = "onnxruntime" if predictor.exported.backend == "onnx" else "torch"
     return options.head() | {
         "the model": _model(predictor)["sha256"],
         "comoe": comoe.__version__,
-        "torch": torch.__version__,
-        "--device": predictor.device.type,
+        library: import_module(library).__version__,
+        "--device": str(predictor.device).partition(":")[0],
         "--precision": str(predictor.precision),
         "--backend": predictor.exported.backend,
         "--long": str(predictor.long),

@@ -10,32 +10,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from huggingface_hub import ModelHubMixin
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import same_file
 from comoe.config.plugins import consent
 from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.distributed import choose_device
 from comoe.inference.columns import Posts, columns_of, locate_images, read_columns
 from comoe.inference.explain import GRADIENTS, Explainer, check_backend, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
-from comoe.inference.hub import copy_export, find_export
+from comoe.inference.hub import OnHub, find_export
 from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
 from comoe.inference.passes import WINDOW, forward_passes, task_passes
 from comoe.tasks.task import Task
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
-class Predictor(ModelHubMixin):
+class Predictor(OnHub):
     """Texts in, one plain dict per text out, in the same order.
 
     ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...},
@@ -49,16 +48,12 @@ class Predictor(ModelHubMixin):
     """The model and what belongs to it."""
     collator: Collator
     """Makes the batches."""
-    device: torch.device
-    """Where the model is."""
-    precision: torch.dtype = torch.float32
-    """Of its products (autocast); the weights stay float32."""
+    device: torch.device | str
+    """Where the model is; the word cpu for an ONNX file."""
+    precision: torch.dtype | str = "float32"
+    """Of its products (autocast); the weights stay float32. A word for an ONNX file."""
     long: LongPosts = LongPosts()
     """What becomes of posts with more tokens than the model reads; see ``with_long``."""
-
-    def __new__(cls, *values: Any, **named: Any) -> Predictor:
-        """Without the mixin's copy of all values, which would be one of the model."""
-        return object.__new__(cls)
 
     @classmethod
     def from_pretrained(
@@ -105,12 +100,17 @@ class Predictor(ModelHubMixin):
                 f"--backend {backend} runs on the CPU, in the precision that its file was exported in; leave out "
                 "--device and --precision."
             )
-        place = choose_device(device if backend == "torch" else "cpu")
+        place, products = "cpu", "float32"
+        if backend == "torch":
+            from comoe.distributed import choose_device  # brings in PyTorch
+
+            place = choose_device(device)
+            products = choose_precision(precision, place)
         found = find_export(folder, **hub)
-        exported = load_exported(found, verify=verify, backend=backend, threads=threads)
+        exported = load_exported(found, verify=verify, backend=backend, threads=threads, plain=True)
         if backend == "torch":
             exported.model.to(place)
-        return cls(exported, exported.collator(), place, choose_precision(precision, place))
+        return cls(exported, exported.collator(), place, products)
 
     def with_long(self, mode: str, **options: Any) -> Predictor:
         """The same model, and what becomes of posts with more tokens than it reads.
@@ -123,19 +123,6 @@ class Predictor(ModelHubMixin):
             ValueError: an unknown word, or a number out of range.
         """
         return replace(self, long=LongPosts(mode, **options))
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Copy the export to a folder; options of ``huggingface_hub.ModelHubMixin`` (``push_to_hub``, ``repo_id``).
-
-        Raises:
-            ValueError: the folder is the one that it was read from, or its files were changed.
-        """
-        if same_file(Path(save_directory), self.exported.folder):
-            raise ValueError(f"{save_directory} is the folder that the model was read from.")
-        return super().save_pretrained(save_directory, **options)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        copy_export(self.exported.folder, save_directory)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -367,7 +354,6 @@ class Predictor(ModelHubMixin):
         locate_images(posts, root, reads_images=self.collator.pixels is not None)
         return posts
 
-    @torch.inference_mode()
     def _embed(self, split: TokenizedSplit, indices: np.ndarray, predictions: list[dict]) -> None:
         posts_B, vectors_BM = self._forward.embed(split, indices)
         for post, vector_M in zip(posts_B, vectors_BM, strict=True):
@@ -377,7 +363,6 @@ class Predictor(ModelHubMixin):
                 predictions[post]["error"] = "its states are not finite: the model has diverged"
         self._forward.remarks(split, posts_B, predictions)
 
-    @torch.inference_mode()
     def _predict(
         self,
         split: TokenizedSplit,

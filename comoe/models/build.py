@@ -29,6 +29,7 @@ def build_model(
     image_text: ImageTextConfig | None = None,
     recompute: bool = False,
     shape: bool = False,
+    plain: bool = False,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
 
@@ -42,6 +43,7 @@ def build_model(
         recompute: keep only each layer's input for the backward pass (activation checkpointing).
         shape: build it on the meta device, every size and no number, so that a plan of the largest
             model takes no memory; of encoder and tower only config.json is read.
+        plain: with ``encoder_config``, as of ``build_encoder_from_config``.
     """
     generates, vision = bool(decoder_tasks(tasks)), config.vision
     if shape:
@@ -50,7 +52,7 @@ def build_model(
         encoder = build_encoder(config, generates=generates)
     else:
         encoder = build_encoder_from_config(
-            encoder_config, dropout=config.dropout, generates=generates
+            encoder_config, dropout=config.dropout, generates=generates, plain=plain
         )
     tower = None
     if tower_config is not None:

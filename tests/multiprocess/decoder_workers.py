@@ -188,7 +188,7 @@ def by_one_process(
     encoder_config: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
-    from comoe.inference.exported import fill_in
+    from comoe.inference.exported_model import fill_in
     from comoe.models.build import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))

@@ -10,14 +10,19 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from comoe.data.images.decode import BadImage, ImageLimits, Source, read_image
+from comoe.deferred import Deferred
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 THREADS = min(4, os.cpu_count() or 1)
 """Images prepared at the same time."""

@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
@@ -18,6 +17,9 @@ from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint, r
 from comoe.data.tokens.vocabulary import is_causal
 from comoe.tasks.prompts import FIELDS, prompt_parts
 from comoe.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Parts = list[tuple[str, str | None]]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from comoe.config.hub_access import cached_where_unreachable
 
 WHOLE = "tokenizer.json"
@@ -26,6 +24,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: no tokenizer there, one without a padding token, or one that knows no words.
     """
+    from transformers import AutoTokenizer  # takes a second, which not every prediction waits for
+
     try:
         with cached_where_unreachable(name):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTextEncoding,
-    GenerationConfig,
-    PreTrainedConfig,
-)
-from transformers.modeling_outputs import BaseModelOutput
 
 from comoe.config.recipe import ModelConfig
+from comoe.deferred import Deferred
+from comoe.models.encoders.bert import BertEncoder, bert_config
 from comoe.models.encoders.families import (
     FAMILIES,
     Family,
@@ -34,6 +26,11 @@ from comoe.models.encoders.pretrained import (
     read_config,
     whole_on_each_rank,
 )
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = Deferred("transformers")
 
 ANSWERING = "comoe_answering"
 """Field of a whole encoder-decoder's configuration with what its texts depend on beside its
@@ -117,8 +114,12 @@ def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
 def _auto_class(family: Family, *, generates: bool) -> Any:
     """The library's loader; it knows some encoder-decoders' encoder alone."""
     if generates:
-        return AutoModelForCausalLM if family.causal else AutoModelForSeq2SeqLM
-    return AutoModelForTextEncoding if family.encoder_alone else AutoModel
+        return (
+            transformers.AutoModelForCausalLM
+            if family.causal
+            else transformers.AutoModelForSeq2SeqLM
+        )
+    return transformers.AutoModelForTextEncoding if family.encoder_alone else transformers.AutoModel
 
 
 def _alone(model: nn.Module) -> nn.Module:
@@ -142,13 +143,17 @@ def _found_answering(model: nn.Module) -> dict[str, Any]:
 
 def _set_answering(model: nn.Module, answering: Mapping[str, Any]) -> None:
     setattr(model.config, ANSWERING, dict(answering))
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         **{field: answering[field] for field in TARGET_TOKENS}
     )
 
 
 def build_encoder_from_config(
-    hf_config: dict[str, Any], *, dropout: float | None = None, generates: bool = False
+    hf_config: dict[str, Any],
+    *,
+    dropout: float | None = None,
+    generates: bool = False,
+    plain: bool = False,
 ) -> nn.Module:
     """The same network with random weights, from ``encoder.config.to_dict()``: an export fills the weights in.
 
@@ -156,10 +161,16 @@ def build_encoder_from_config(
         hf_config: of the encoder, or of the whole encoder-decoder.
         dropout: ``model.dropout``.
         generates: build the whole encoder-decoder.
+        plain: take ``BertEncoder`` where it computes the same, which transformers need not be
+            imported for.
     """
+    if plain and not generates:
+        own = bert_config(hf_config, dropout=dropout)
+        if own is not None:
+            return BertEncoder(own)
     fields = dict(hf_config)
     answering = fields.pop(ANSWERING, None)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     encoder = _from_config(
         config, dropout, generates=generates, own_output=bool(answering and answering["own_output"])
     )
@@ -191,7 +202,8 @@ def _from_name(config: ModelConfig, *, generates: bool) -> nn.Module:
         _set_width(hf_config, config.random_width)
     # The T5 configurations forget the word; without it the file of weights would have to tell.
     own_output = (
-        PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
+        transformers.PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True)
+        is False
     )
     return _chosen(
         _from_config(hf_config, config.dropout, generates=generates, own_output=own_output), config
@@ -221,6 +233,8 @@ def _set_width(hf_config: Any, width: int) -> None:
 
 def as_encoder_output(states_BLM: Tensor) -> Any:
     """Last states of an encoder as the library's ``generate`` wants them."""
+    from transformers.modeling_outputs import BaseModelOutput
+
     return BaseModelOutput(last_hidden_state=states_BLM)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, modeling_utils
-from transformers.utils import logging
 
 from comoe.config.hub_access import cached_where_unreachable
+from comoe.deferred import Deferred
 from comoe.distributed import sum_over_ranks
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = Deferred("transformers")
 
 
 class Role(NamedTuple):
@@ -41,7 +45,7 @@ def load_pretrained(
     *,
     trust_remote_code: bool,
     prepare: Callable[[Any], tuple[Any, dict[str, Any]]],
-    auto_class: Callable[[Any], Any] = lambda hf_config: AutoModel,
+    auto_class: Callable[[Any], Any] = lambda hf_config: transformers.AutoModel,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Load a model, or raise what is wrong with it.
@@ -91,7 +95,9 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
         )
     source = str(folder) if folder.is_dir() else name
     with readable_errors(name, role):
-        return source, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return source, transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
 
 
 @contextmanager
@@ -113,6 +119,7 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
     alive = HfDeepSpeedConfig(dict(settings))
     # It ties weights that are equal, and finds split ones equal whatever they hold: a Flan-T5's
     # output layer would be thrown away.
+    modeling_utils = transformers.modeling_utils
     equal, modeling_utils._tied_params_are_equal = (
         modeling_utils._tied_params_are_equal,
         _equal_shares,
@@ -128,7 +135,7 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def whole_on_each_rank() -> Iterator[None]:
     """Inside, a model made from a configuration is whole, in ``split_as_it_loads`` too."""
-    with modeling_utils.set_zero3_state():
+    with transformers.modeling_utils.set_zero3_state():
         yield
 
 
@@ -158,6 +165,7 @@ def quiet() -> Iterator[None]:
     """Inside, the library logs errors alone."""
     # The library prints a bar and a table of unused weights on every rank; missing ones are an
     # error above.
+    logging = transformers.utils.logging
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from comoe.config.recipe import ModelConfig, VisionConfig
+from comoe.deferred import Deferred
 from comoe.models.encoders.families import FAMILIES
 from comoe.models.encoders.pretrained import ENCODER, Role, load_pretrained, read_config
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = Deferred("transformers")
 
 TOWER = Role("model.vision.tower", "a vision model", "smoke:vision")
 """The tower's role, in the words of error messages."""
@@ -111,8 +116,12 @@ def build_tower(config: VisionConfig, *, trust_remote_code: bool = False) -> Tow
 def build_tower_from_config(hf_config: dict[str, Any], *, train: bool = False) -> Tower:
     """The same network with random weights, from ``tower.inner.config.to_dict()``: an export fills the weights in."""
     fields = dict(hf_config)
-    config, arguments = _prepared(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    return Tower(AutoModel.from_config(config, dtype=torch.float32, **arguments), train=train)
+    config, arguments = _prepared(
+        transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
+    return Tower(
+        transformers.AutoModel.from_config(config, dtype=torch.float32, **arguments), train=train
+    )
 
 
 def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) -> Tower:
@@ -120,7 +129,7 @@ def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) 
     _, hf_config = read_config(config.tower, TOWER, trust_remote_code=trust_remote_code)
     hf_config, arguments = _prepared(hf_config)
     with torch.device("meta"):
-        inner = AutoModel.from_config(
+        inner = transformers.AutoModel.from_config(
             hf_config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
         )
         return Tower(inner, train=config.train_tower)
@@ -160,6 +169,6 @@ def _prepared(hf_config: Any) -> tuple[Any, dict[str, Any]]:
             f"{TOWER.option} is a model of type {hf_config.model_type}, which reads no images; take a vision model "
             "such as ViT, CLIP, SigLIP, DeiT, BEiT, ResNet or ConvNeXt."
         )
-    kind = MODEL_MAPPING.get(type(hf_config), None)
+    kind = transformers.MODEL_MAPPING.get(type(hf_config), None)
     takes = () if kind is None else inspect.signature(kind.__init__).parameters
     return hf_config, {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from comoe.deferred import Deferred
 from comoe.tasks.labels import is_missing, soft_cell
 from comoe.tasks.metrics import METRICS
 from comoe.types import IGNORED, Batch, ModelOutput
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
+    F = Deferred("torch.nn.functional")
 
 Mode = Literal["pooled", "tokens", "decoder"]
 
@@ -59,9 +64,12 @@ class PostOutput(NamedTuple):
     target: Any
     """The label as in ``Batch.labels``: (), (Y,) or (words,); of a free text (its tokens, the
     text), or None."""
+    plain: bool = False
+    """NumPy decodes it, in float64, instead of PyTorch in float32: it is of an ONNX file, which
+    needs no PyTorch."""
 
 
-Detokenize = Callable[[Tensor], list[str]]
+Detokenize = Callable[["Tensor"], list[str]]
 """Token ids as in ``ModelOutput.generated`` -> texts."""
 
 
@@ -280,8 +288,15 @@ class Kind(ABC):
     ) -> list[PostOutput]:
         """Some rows of a batch, in their order; of tags the first piece of each word. Free texts
         need ``detokenize``."""
+        logits, posts = output.logits[task.name], batch.row_ids_B[rows].tolist()
+        if isinstance(logits, np.ndarray):
+            starts = batch.word_starts_BL[rows] if self.mode == "tokens" else [...] * len(rows)
+            each = zip(posts, logits[rows], starts, strict=True)
+            return [
+                PostOutput(post, of_row[words], None, plain=True) for post, of_row, words in each
+            ]
         logits, targets = self._of_rows(output, batch, rows, task)
-        each = zip(batch.row_ids_B[rows].tolist(), logits.numpy(), targets.numpy(), strict=True)
+        each = zip(posts, logits.numpy(), targets.numpy(), strict=True)
         if self.mode != "tokens":
             return [PostOutput(*row) for row in each]
         starts = batch.word_starts_BL[rows].cpu().numpy()
@@ -307,13 +322,30 @@ class Kind(ABC):
         targets = [torch.as_tensor(output.target) for output in outputs]
         if self.mode != "tokens":
             return torch.stack(logits), torch.stack(targets)
+        pad_sequence = torch.nn.utils.rnn.pad_sequence
         return pad_sequence(logits, batch_first=True), pad_sequence(
             targets, batch_first=True, padding_value=IGNORED
         )
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """What the metrics read of tempered logits: probabilities, or numbers as they are."""
+    def probabilities(self, logits: Any) -> Any:
+        """What the metrics read of tempered logits, a tensor or an array: probabilities, or numbers as they are."""
+        if isinstance(logits, np.ndarray):
+            powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            return powers / powers.sum(axis=-1, keepdims=True)
         return logits.softmax(-1)
+
+    def scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> np.ndarray:
+        """``probabilities`` of some posts' tempered logits, float32: (N, Y), of tags (words, Y) of the only post."""
+        if outputs and outputs[0].plain:
+            join = np.concatenate if self.mode == "tokens" else np.stack
+            logits = tempered(join([output.logits for output in outputs]), task)
+            with np.errstate(over="ignore", invalid="ignore"):  # as in PyTorch
+                return self.probabilities(logits).astype(np.float32)
+        if self.mode == "tokens":
+            logits = torch.as_tensor(outputs[0].logits)
+        else:
+            logits, _ = self.stack(outputs, task)
+        return self.probabilities(tempered(logits, task)).numpy()
 
     @abstractmethod
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
@@ -371,9 +403,10 @@ def weights_of(task: TaskLike, like: Tensor) -> Tensor | None:
     return torch.tensor(task.class_weights, dtype=like.dtype, device=like.device)
 
 
-def tempered(logits: Tensor, task: TaskLike) -> Tensor:
-    """Logits over the task's temperature, where one was fitted; float32, detached."""
-    logits = logits.detach().float()
+def tempered(logits: Any, task: TaskLike) -> Any:
+    """Logits over the task's temperature, where one was fitted; float32, detached; an array in float64."""
+    plain = isinstance(logits, np.ndarray)
+    logits = logits.astype(np.float64) if plain else logits.detach().float()
     return logits if task.temperature is None else logits / task.temperature
 
 

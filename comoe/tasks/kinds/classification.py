@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import (
     Kind,
     PostOutput,
@@ -19,13 +17,20 @@ from comoe.tasks.kinds.base import (
     class_loss,
     class_units,
     per_class,
-    tempered,
     weighted_sum,
     weights_of,
 )
 from comoe.tasks.labels import is_missing, label_id, label_name, natural_order
 from comoe.tasks.metrics import METRICS, class_scores, confusion
 from comoe.types import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
+    F = Deferred("torch.nn.functional")
 
 
 class SingleLabel(Kind):
@@ -84,12 +89,10 @@ class SingleLabel(Kind):
         The label is the likeliest one; with a threshold the label with id 1 from that probability
         on, else id 0.
         """
-        scores_BY = self.probabilities(tempered(self.stack(outputs, task)[0], task))
+        scores_BY = self.scores(outputs, task)
         return [
             {"label": task.labels[label], "scores": dict(zip(task.labels, scores, strict=True))}
-            for label, scores in zip(
-                self.decided(scores_BY.numpy(), task), scores_BY.tolist(), strict=True
-            )
+            for label, scores in zip(self.decided(scores_BY, task), scores_BY.tolist(), strict=True)
         ]
 
     def gold(self, targets: Iterable[Any], task: TaskLike) -> list[str | None]:
@@ -249,22 +252,22 @@ class MultiLabel(Kind):
     def soft_logits(self, soft: Tensor, task: TaskLike) -> Tensor:
         return torch.logit(soft, eps=1e-7)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
+    def probabilities(self, logits: Any) -> Any:
+        return 1 / (1 + np.exp(-logits)) if isinstance(logits, np.ndarray) else logits.sigmoid()
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"labels": [names], "scores": {name: probability}}``; the probabilities are independent.
 
         A label is named at or above its threshold, 0.5 where the task has none.
         """
-        scores_BY = self.probabilities(tempered(self.stack(outputs, task)[0], task))
+        scores_BY = self.scores(outputs, task)
         return [
             {
                 "labels": [name for name, taken in zip(task.labels, row, strict=True) if taken],
                 "scores": dict(zip(task.labels, scores, strict=True)),
             }
             for row, scores in zip(
-                self.decided(scores_BY.numpy(), task).tolist(), scores_BY.tolist(), strict=True
+                self.decided(scores_BY, task).tolist(), scores_BY.tolist(), strict=True
             )
         ]
 

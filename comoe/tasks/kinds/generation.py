@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import Detokenize, Kind, PostOutput, TaskLike, weighted_sum, weights_of
 from comoe.tasks.kinds.classification import SingleLabel, is_list
 from comoe.tasks.labels import is_missing, label_name, whole_characters
 from comoe.tasks.metrics import METRICS
 from comoe.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 
 class LabelWords(SingleLabel):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike
 from comoe.tasks.kinds.classification import MultiLabel, SingleLabel
 from comoe.tasks.kinds.generation import LabelWords, Text
 from comoe.tasks.kinds.regression import Regression
 from comoe.tasks.kinds.tagging import Phrases, Tags
 from comoe.types import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 
 class Unlabelled(Kind):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike, weighted_sum
 from comoe.tasks.labels import is_missing
 from comoe.tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -99,13 +104,13 @@ class Regression(Kind):
         """Of two normal distributions as in ``soft_divergences``."""
         return (one.float() - other.float())[..., 0].square()
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Any) -> Any:
         return logits[:, 0]
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"value": number}``, in the unit of the labels."""
-        values_N = self.probabilities(self.stack(outputs, task)[0])
-        return [{"value": value} for value in unstandardized(values_N, task).tolist()]
+        values_N = unstandardized(self.scores(outputs, task), task)
+        return [{"value": value} for value in values_N.tolist()]
 
     def gold_and_scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Any, Any]:
         gold, scores_N = super().gold_and_scores(outputs, task)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import (
     Kind,
     PostOutput,
@@ -23,6 +22,12 @@ from comoe.tasks.kinds.base import (
 from comoe.tasks.labels import OUTSIDE, is_missing, label_id, label_name, natural_order, split_words
 from comoe.tasks.metrics import METRICS, class_scores, confusion, entities
 from comoe.types import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Deferred("torch")
 
 SPAN_METRICS = ("span_f1", "span_precision", "span_recall")
 
@@ -99,11 +104,9 @@ class Tags(Kind):
         """``{"tags": [name per word], "scores": [its probability]}``; spans by ``tag_spans``."""
         shown = []
         for output in outputs:
-            logits = tempered(torch.as_tensor(output.logits), task)
-            scores, ids = self.probabilities(logits).max(dim=-1)
-            shown.append(
-                {"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()}
-            )
+            scores_WY = self.scores([output], task)
+            tags = [task.labels[number] for number in scores_WY.argmax(axis=-1).tolist()]
+            shown.append({"tags": tags, "scores": scores_WY.max(axis=-1).tolist()})
         return shown
 
     def gold(self, targets: Iterable[Any], task: TaskLike) -> list[list[str] | None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers_export import MOOD, SIGNS, tiny_predictor
 
-from comoe.inference import forward
+from comoe import distributed
 from comoe.inference.forward import choose_precision
 from comoe.inference.long_posts import LongPosts, Part, bounds, merge
 from comoe.inference.options import PredictOptions
@@ -162,7 +162,7 @@ def test_the_precision_is_what_the_device_is_good_at(predictor, monkeypatch):
         ("it is old", gpu, "auto", torch.float16),
         ("it is old", gpu, "float32", torch.float32),
     ):
-        monkeypatch.setattr(forward, "gpu_lacks_bf16", lambda lacks=lacks: lacks)
+        monkeypatch.setattr(distributed, "gpu_lacks_bf16", lambda lacks=lacks: lacks)
         assert choose_precision(name, device) == wanted
     for name, message in (("float16", "is for GPUs"), ("bf16", "bf16 is not a --precision")):
         with pytest.raises(ValueError, match=message):

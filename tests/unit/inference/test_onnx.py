@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers_export import (
@@ -19,6 +23,7 @@ from helpers_export import (
     export_tiny,
 )
 from helpers_model import HF_CONFIGS, VARIANTS, moe_config, tiny_encoder
+from helpers_start import LOAD, PREDICT, heavy_modules, predict_words
 
 from comoe.commands.main import main
 from comoe.config.recipe import ModelConfig
@@ -219,3 +224,64 @@ def test_the_commands_take_it(exports, tmp_path, capsys):
     )
     main(["predict", *words.split(), "--output", str(tmp_path / "out.jsonl")])
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_prediction_and_a_server_need_neither_pytorch_nor_transformers(exports, tmp_path):
+    for more in (("--explain",), ("--long", "windows", "--batch-size", "2")):
+        words = predict_words(exports / "float32", tmp_path, "--backend", "onnx", *more)
+        assert heavy_modules(PREDICT, "torch", *words, folder=tmp_path) == []
+        rows = (tmp_path / "found.jsonl").read_text().splitlines()
+        assert [len(json.loads(row)) for row in rows] == [1 + len(TASKS)] * 3
+    pytest.importorskip("prometheus_client")
+    assert heavy_modules(LOAD, "torch", exports / "float32", "onnx", folder=tmp_path) == []
+
+
+def test_arrays_give_what_tensors_give(exports):
+    predictor = Predictor.from_pretrained(exports / "float32", backend="onnx", threads=1)
+    split = predictor.collator.encode_texts(POSTS[2:], config=predictor.exported.data_config)
+    split.labelled[:] = True
+    indices, model = np.arange(len(POSTS[2:])), predictor.exported.model
+    arrays = predictor.collator(split, indices, arrays=True)
+    tensors = predictor.collator(split, indices)
+    for name in onnx_export.INPUTS.values():
+        if (array := getattr(arrays, name)) is not None:
+            assert isinstance(array, np.ndarray) and (array == getattr(tensors, name).numpy()).all()
+    found, expected = model(arrays), model(tensors)
+    for part in ("logits", "attentions"):
+        for name, tensor in getattr(expected, part).items():
+            assert (getattr(found, part)[name] == tensor.numpy()).all()
+    assert (model.embed(arrays) == model.embed(tensors).numpy()).all()
+
+
+def test_plugins_decode_tensors_as_they_were_written_for(exports, monkeypatch):
+    predictor = Predictor.from_pretrained(exports / "float32", backend="onnx", threads=1)
+    config = dict(predictor.exported.config) | {"plugins": ["mine"]}
+    other = replace(predictor, exported=replace(predictor.exported, config=config))
+    seen = []
+    outputs = type(MOOD.rules).outputs
+
+    def spy(self, output, *rest, **more):
+        seen.append(output)
+        return outputs(self, output, *rest, **more)
+
+    monkeypatch.setattr(type(MOOD.rules), "outputs", spy)
+    assert_same(other(POSTS), predictor(POSTS))
+    kinds = [type(found.logits[MOOD.name]) for found in seen if MOOD.name in found.logits]
+    assert kinds[0] is torch.Tensor and kinds[-1] is np.ndarray
+
+
+THREADS = """
+import sys
+from comoe.inference.onnx_model import usual_threads
+alone = usual_threads()
+assert "torch" not in sys.modules
+import torch
+assert alone == torch.get_num_threads() == usual_threads(), (alone, torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("told", ["1", "2", "", None])
+def test_threads_are_those_that_pytorch_would_take(told):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {} if told is None else {"OMP_NUM_THREADS": told}
+    subprocess.run([sys.executable, "-c", THREADS], check=True, env=environment)
