@@ -232,14 +232,17 @@ class ModelOutput:
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()
 class Sharing:
-    """The last states that all tasks read, and what each task's private part adds to them."""
+    """The last states that all tasks share, and what each task has of its own."""
 
     shared_BLM: Tensor
-    """States of the text tokens before any private part."""
+    """States of the text tokens before any private part, and before layers that tasks have for
+    themselves."""
     mask_BL: Tensor
     """1 on real tokens."""
     private: Mapping[str, Tensor]
     """Task -> update (B, L, M) of its private part; empty without such parts."""
+    distance: Tensor | None = None
+    """How far the tasks' own layers are apart, scalar; None where no loss asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +287,7 @@ class StepOutput:
     """Detached scalars: ``task/<name>``, ``weight/<name>``, ``gold/<name>``, ``soft/<name>``,
     ``contrastive``, ``contrastive/<name>``, ``positives_per_anchor/<name>``,
     ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``,
-    ``z``, ``task_separation``, ``orthogonal``, ``r_drop``, ``adversarial``,
+    ``z``, ``task_separation``, ``orthogonal``, ``soft_sharing``, ``r_drop``, ``adversarial``,
     ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``,
     ``adversarial_lambda``."""
     output: ModelOutput

@@ -76,7 +76,7 @@ def tower_config(kind: str = "vit") -> dict:
 
 def seeing_model(
     fusion="attention", *, moe=None, tasks=TASKS, family="bert", tower="vit", seed=0, recompute=False,
-    dropout=0.0, image_text: ImageTextConfig | None = None, **vision,
+    dropout=0.0, image_text: ImageTextConfig | None = None, sharing: dict | None = None, **vision,
 ) -> MultiTaskModel:  # fmt: skip
     torch.manual_seed(seed)
     alone = fusion == "vilt"
@@ -87,6 +87,7 @@ def seeing_model(
         vision=VisionConfig(
             tower=None if alone else "some/tower", fusion="attention" if alone else fusion, **vision
         ),
+        **(sharing or {}),
     )
     return build_model(
         config,

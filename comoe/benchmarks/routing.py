@@ -73,7 +73,7 @@ def measure(config: str | None, layers: Sequence[str], posts: int, rounds: int) 
     source = find_posts(config, ["data.limit_eval=50"])
     split, by_token = tokenized_posts(source.recipe, limit=4 * posts)
     indices = np.random.default_rng(0).permutation(len(split))[:posts]
-    by_task = Collator(by_token.tokenizer, by_token.tasks, route_by="task")
+    by_task = Collator(by_token.tokenizer, by_token.tasks, row_per_task=True)
     fanned = by_task(split, indices, all_tasks=True).to(device)
     batches = {
         BEFORE: replace(fanned, text_numbers_B=None),

@@ -65,7 +65,7 @@ def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collato
     split = tokenize_split(
         corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data
     )
-    return split, Collator(tokenizer, corpus.tasks, route_by="token")
+    return split, Collator(tokenizer, corpus.tasks)
 
 
 @torch.no_grad()

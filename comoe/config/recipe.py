@@ -189,18 +189,35 @@ class ModelConfig:
     """What of the pre-trained encoder is trained: all, none, or the number of last layers (of
     encoder and decoder each), the embeddings then frozen. auto is none with ``moe.form: lora``,
     else all. Experts and heads always train."""
-    pooling: Literal["attention", "mean", "last"] = "attention"
+    pooling: Literal["attention", "mean", "first", "last", "layers"] = "attention"
     """How the states of a text become one vector for a task's head: attention (a learned query per
-    task), mean, or last (the state of the last token; for decoder-only models)."""
+    task), mean, first (the state of the first token, CLS of BERT), last (that of the last token;
+    for decoder-only models), or layers: attention over a mixture of all layers' states that each
+    task learns (arXiv:1802.05365), which heads on word tags read too."""
     projection_width: Width = 128
     """Width P of the embeddings that the contrastive loss compares."""
     private_width: WidthFrom0 = 0
     """Hidden width of a feed-forward of its own that each task puts between the shared states and
     its head; 0 is none."""
+    own_layers: CountFrom0 = 0
+    """Last layers of the encoder that each task has for itself, all copies of the pre-trained ones;
+    ``loss.soft_sharing_weight`` ties them. A post becomes one row per labeled task: layers below
+    these, and below the first one with experts, read it once. They always train, and have no
+    experts: the words of ``moe.layers`` count the shared layers. 0 is none; not with tasks that a
+    decoder predicts."""
+    task_attention_width: WidthFrom0 = 0
+    """Width of queries, keys and values of an attention between tasks: what each task has pooled of
+    a row looks at what the others have, before the heads. Tasks whose heads pool take part, word
+    tags and those of a decoder do not. Does nothing at the start; 0 is none."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     """The experts."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The images."""
+
+    @property
+    def row_per_task(self) -> bool:
+        """Whether a row of a batch serves one task instead of all that have heads."""
+        return self.moe.route_by != "token" or self.own_layers > 0
 
 
 @section
@@ -331,6 +348,10 @@ class LossConfig:
     """Weight of the squared covariance of shared states and private parts
     (``model.private_width``), which keeps a private part from saying what is shared already
     (arXiv:1608.06019)."""
+    soft_sharing_weight: NotNegative = option(0.0, read_when="model.own_layers > 0 and tasks > 1")
+    """Weight of the squared distance between two tasks' own layers (``model.own_layers``), soft
+    parameter sharing (Duong et al. 2015); of T tasks the sum over pairs over T - 1. At 0 they part
+    freely."""
     task_separation_weight: NotNegative = option(
         0.0, read_when="model.moe.num_experts > 1 and tasks > 1"
     )

@@ -204,6 +204,10 @@ def _encoder(recipe: Recipe) -> Broken:
         why = f"but model.random_width ({model.random_width}) starts from random weights"
         yield "model.train_layers", f"is {model.train_layers}, {why}; make it all."
     for name, task in recipe.tasks.items():
+        if model.own_layers and task.kind in BY_DECODER:
+            why = f"but a decoder predicts {name}, for which all tasks share the layers"
+            remedy = "make it 0, or give the task a kind that a head predicts"
+            yield "model.own_layers", f"is {model.own_layers}, {why}; {remedy}."
         if model.random_width is not None and task.descriptions:
             why = f"model.random_width ({model.random_width}) starts from random weights"
             yield (
@@ -232,6 +236,13 @@ def _losses(recipe: Recipe) -> Broken:
     if loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
         rule = "but loss.contrastive.chunk_size already sets it; make it auto"
         yield "train.micro_batch_size", f"is {recipe.train.micro_batch_size}, {rule}."
+    if recipe.model.own_layers and loss.weighting in BY_GRADIENTS:
+        reads = "reads the gradient of each task by the last states that all tasks share"
+        rule = f"which lie inside of the encoder with model.own_layers ({recipe.model.own_layers})"
+        remedy = (
+            "choose another weighting, such as uncertainty_positive, or set model.own_layers to 0"
+        )
+        yield "loss.weighting", f"({loss.weighting}) {reads}, {rule}; {remedy}."
     decoded = [name for name, task in recipe.tasks.items() if task.kind in BY_DECODER]
     if decoded and loss.weighting in BY_GRADIENTS:
         reads = "reads the gradient of each task by the last states that all tasks share"

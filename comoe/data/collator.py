@@ -35,17 +35,17 @@ else:
 
 
 class Collator:
-    """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
+    """Pads posts to a batch and lays out rows and labels as the model and the decoder want them.
 
-    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task in
-    decoder mode), with the task's prompt. ``task`` and ``both`` have one row per (post,
-    labeled task), a soft label being one too. The labels of tasks that a row does not serve are
-    missing in it.
+    There is one row per post for all tasks with a head, and one per (post, task in decoder mode), with
+    the task's prompt. With ``row_per_task`` (``model.moe.route_by: task`` and ``both``, or
+    ``model.own_layers``) there is one row per (post, labeled task), a soft label being one too. The
+    labels of tasks that a row does not serve are missing in it.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         tasks: all tasks.
-        route_by: ``model.moe.route_by``.
+        row_per_task: see above.
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.
         pixels: reads the posts' images; None leaves them alone.
         domains: what the adversarial loss predicts of posts; None predicts nothing.
@@ -60,7 +60,7 @@ class Collator:
         tokenizer: Any,
         tasks: Sequence[Task],
         *,
-        route_by: str = "token",
+        row_per_task: bool = False,
         pad_to_multiple_of: int = 1,
         pixels: PixelReader | None = None,
         domains: Domains | None = None,
@@ -69,7 +69,7 @@ class Collator:
         self.tasks = tuple(tasks)
         self.pixels = pixels
         self.domains = domains
-        self._row_per_task = ROW_PER_TASK[route_by]
+        self._row_per_task = row_per_task
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
         self._decoded = decoder_tasks(self.tasks)
@@ -286,7 +286,3 @@ def _padded(
 def _ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
     """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; D is at least 1."""
     return torch.from_numpy(_padded(rows, length=max(1, *map(len, rows)), fill=IGNORED))
-
-
-ROW_PER_TASK: dict[str, bool] = {"token": False, "task": True, "both": True}
-"""``model.moe.route_by`` -> whether a row serves one task instead of all."""

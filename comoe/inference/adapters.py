@@ -63,10 +63,11 @@ def export_adapters(folder: Path, exported: Exported) -> None:
     """
     check_free(folder)
     gates = gates_of_tasks(exported, _WHOLE)
-    if trained_layers(exported.model_config) != "none" or exported.model_config.private_width:
+    config = exported.model_config
+    if trained_layers(config) != "none" or config.private_width or config.own_layers:
         raise ValueError(
-            "more than LoRA experts and heads was trained (model.train_layers, model.private_width), and adapters are "
-            f"added to the pre-trained model; {_WHOLE}."
+            "more than LoRA experts and heads was trained (model.train_layers, model.private_width, "
+            f"model.own_layers), and adapters are added to the pre-trained model; {_WHOLE}."
         )
     maps = adapted_maps(exported.model.encoder)
     for number, task in enumerate(exported.tasks):

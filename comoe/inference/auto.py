@@ -48,7 +48,7 @@ class ComoeModel(PreTrainedModel):
         self.model = exported.model
         self.tasks = exported.tasks
         self._folder = exported.folder
-        by_post = exported.model_config.moe.route_by == "token" or len(exported.tasks) == 1
+        by_post = not exported.model_config.row_per_task or len(exported.tasks) == 1
         decoded = any(task.mode == "decoder" for task in exported.tasks)
         self._plain = by_post and not decoded and exported.image_processor is None
 

@@ -67,8 +67,8 @@ class Exported:
             from comoe.data.images.pixels import PixelReader
 
             pixels = PixelReader(self.image_processor, limits_of(self.data_config))
-        route_by = self.model_config.moe.route_by
-        return Collator(self.tokenizer, self.tasks, route_by=route_by, pixels=pixels)
+        row_per_task = self.model_config.row_per_task
+        return Collator(self.tokenizer, self.tasks, row_per_task=row_per_task, pixels=pixels)
 
 
 def load_exported(

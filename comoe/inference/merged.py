@@ -45,8 +45,8 @@ def export_merged(folder: Path, exported: Exported) -> None:
         exported: a model with LoRA experts.
 
     Raises:
-        ValueError: no such experts, a gate that differs from token to token, private parts, or
-            something else in the folder.
+        ValueError: no such experts, a gate that differs from token to token, private parts,
+            layers of the tasks' own, or something else in the folder.
     """
     check_free(folder)
     model, whole = exported.model, is_whole(exported.model.encoder)
@@ -55,6 +55,11 @@ def export_merged(folder: Path, exported: Exported) -> None:
         raise ValueError(
             "model.private_width is not 0: what a task adds behind the encoder has no place in a plain model; export "
             "the model without --merged."
+        )
+    if model.own_layers:
+        raise ValueError(
+            "model.own_layers is not 0: each task has layers of its own, which are merged for no task; export the "
+            "model without --merged."
         )
     if (family := family_of(model.encoder.config.model_type)).stacks and not (
         whole or family.causal

@@ -288,7 +288,12 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
         "- People are affected when their posts are classified: keep a person in any decision about a person.",
         "- The licences of the encoder and of the training data apply to these weights.",
     ]
-    if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
+    if (layers := recipe.model.own_layers) and len(tasks) > 1:
+        lines.append(
+            f"- Each task has the last layers ({layers}) of the encoder for itself: from there on, and from the first "
+            f"layer with experts on, a post costs one pass per task (up to {len(tasks)})."
+        )
+    elif recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(
             f"- The gate reads the task: from the first layer with experts on a post costs one pass per task (up to "
             f"{len(tasks)})."

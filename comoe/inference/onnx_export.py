@@ -1,9 +1,10 @@
 """``comoe export --format onnx``: the model of an export as an ONNX file beside its weights.
 
 PyTorch's dynamo exporter traces the encoder, the experts and the heads once, with a dynamic number
-of rows and tokens. Two things differ from the PyTorch model, not in their results: experts run on
+of rows and tokens. Three things differ from the PyTorch model, not in their results: experts run on
 all tokens, padding included, and every expert on every token, with weight 0 where the gate did not
-select it. That is two matrix products per block, of constant weights.
+select it. That is two matrix products per block, of constant weights. And the copies of a layer that
+each task has run on all rows, and each row takes what its own made.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,7 @@ from comoe.inference.export_config import CONFIG, SEEN, SPARED
 from comoe.inference.exported import Exported, describe_tokenizer, load_exported
 from comoe.inference.hub import copy_export
 from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONNX, OnnxModel
+from comoe.models.encoders.own_layers import OwnLayer
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock, RoutingContext
 from comoe.types import Batch, ModelOutput
@@ -105,7 +109,9 @@ class Graph(nn.Module):
         for module in list(model.modules()):
             if isinstance(getattr(module, "block", None), CooperativeBlock):
                 module.block = DenseBlock(module.block)
-        reads = {"token_type_ids": model.has_segments, "task_ids": model.task_embedding is not None}
+        for layer in model.own_layers:
+            layer.forward = partial(_every_copy, layer)
+        reads = {"token_type_ids": model.has_segments, "task_ids": model.reads_tasks}
         self.inputs = [name for name in INPUTS if reads.get(name, True)]
 
     def forward(
@@ -123,15 +129,27 @@ class Graph(nn.Module):
         index_S = torch.arange(rows * length, device=input_ids.device)
         mask = attention_mask.to(torch.float32)
         context = _AllTokens(index_S, index_S // length, mask_S1=mask.reshape(-1, 1))
-        if model.task_embedding is not None:
+        if model.reads_tasks:
             context.task_ids_B = task_ids.clamp_min(0)
+        if model.task_embedding is not None:
             context.task_embeddings_BD = model.task_embedding(context.task_ids_B)
         states_BLM = model.run_encoder(arguments, context)
-        logits, _, attentions, _ = model.head_outputs(states_BLM, attention_mask)
+        lower = context.inputs if model.mixes_layers else ()
+        logits, _, attentions, _ = model.head_outputs(states_BLM, attention_mask, lower)
         found = {LOGITS + name: values for name, values in logits.items()}
         found |= {ATTENTION + name: values for name, values in attentions.items()}
         sums_BM = (states_BLM * mask[:, :, None]).sum(dim=1)
         return found | {EMBEDDING: F.normalize(sums_BM, dim=1)}
+
+
+def _every_copy(layer: OwnLayer, *inputs: Any, **options: Any) -> Any:
+    """What ``OwnLayer`` gives, of every copy on all rows."""
+    outputs = [own(*inputs, **options) for own in layer.copies]
+    states = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    chosen_BLM, tasks_B11 = states[0], layer.holder.context.task_ids_B[:, None, None]
+    for task, own_BLM in enumerate(states[1:], start=1):
+        chosen_BLM = torch.where(tasks_B11 == task, own_BLM, chosen_BLM)
+    return (chosen_BLM, *outputs[0][1:]) if isinstance(outputs[0], tuple) else chosen_BLM
 
 
 def add_onnx(source: Path, out: Path, *, int8: bool = False, verify: bool = True) -> str:
@@ -280,7 +298,7 @@ def sample_batches(model: MultiTaskModel, limit: int) -> list[Batch]:
         mask_BL[1:, -(length // 3) :] = 0
         rows_B = torch.arange(rows)
         tasks_B = rows_B % len(model.tasks)
-        if model.task_embedding is None:
+        if not model.reads_tasks:
             tasks_B = torch.full_like(rows_B, -1)
         segments_BL = torch.zeros_like(ids_BL) if model.has_segments else None
         batches.append(Batch(ids_BL, mask_BL, segments_BL, mask_BL.bool(), tasks_B, rows_B))

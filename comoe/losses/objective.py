@@ -16,7 +16,7 @@ from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, 
 from comoe.losses.contrastive.loss import ContrastiveLoss, has_views
 from comoe.losses.distillation import SoftLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
-from comoe.losses.orthogonal import OrthogonalLoss
+from comoe.losses.orthogonal import OrthogonalLoss, SoftSharingLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS
@@ -115,6 +115,15 @@ def _orthogonal(parts: Parts) -> Term | None:
     return Term(weight, OrthogonalLoss([task.name for task in parts.model.tasks]))
 
 
+def _soft_sharing(parts: Parts) -> Term | None:
+    weight, model = parts.loss.soft_sharing_weight, parts.model
+    # One task: there is nothing to tie.
+    if not weight or not model.own_layers or len(model.tasks) < 2:
+        return None
+    model.holder.measures_distance = True
+    return Term(weight, SoftSharingLoss())
+
+
 def _adversarial(parts: Parts) -> Term | None:
     config, domains = parts.loss.adversarial, parts.num_domains
     if not config.weight:
@@ -132,6 +141,7 @@ LOSSES: dict[str, Callable[[Parts], Term | None]] = {
     "itc": _itc,
     "itm": _itm,
     "orthogonal": _orthogonal,
+    "soft_sharing": _soft_sharing,
     "adversarial": _adversarial,
 }
 """Auxiliary term -> parts -> term, None where it is switched off. That of a plugin is made where

@@ -1,4 +1,5 @@
-"""A penalty on what a task's private part repeats of the shared states (the difference loss)."""
+"""Penalties on what tasks have for themselves: a private part that repeats the shared states (the difference loss), own
+layers that part (soft sharing)."""
 
 from __future__ import annotations
 
@@ -90,3 +91,21 @@ class OrthogonalLoss:
         ]
         total = overlap(self._sums.add(torch.stack(own)))
         return total, {"orthogonal": total.detach()}
+
+
+class SoftSharingLoss:
+    """Squared distance of the tasks' own layers, which the model measures while it has their weights
+    whole (``comoe.models.encoders.own_layers.OwnLayer.distance``).
+
+    For two tasks ||W_1 - W_2||^2, for T the sum over pairs over T - 1.
+
+    Source: Duong et al. 2015, ACL, doi 10.3115/v1/p15-2139.
+    """
+
+    def begin_step(self) -> None:
+        """Nothing is carried between micro-steps."""
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The term, the same on every rank and in every micro-step; ``soft_sharing``, detached."""
+        distance = output.sharing.distance
+        return distance, {"soft_sharing": distance.detach()}

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.decoder import choices_of, stacked, wide_dtype, with_tokens
+from comoe.models.encoder_io import EncoderInputs
 from comoe.models.encoders.families import family_of, stacks_of
 from comoe.models.generation import Beginning, TextGenerator, check_lengths, together
 from comoe.models.moe.block import ContextHolder
@@ -131,8 +131,9 @@ class CausalDecoder:
             texts.append(texts_RD)
         return _laid_out(batch, torch.cat(rows), stacked(texts), places)
 
-    def arguments(self, answers: Answers, mask_BL: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Attention mask and position ids of prompts with their labels, as the model's forward takes them."""
+    def behind(self, inputs: EncoderInputs, answers: Answers) -> EncoderInputs:
+        """The texts with labels to score behind them."""
+        mask_BL, dtype = inputs.mask_BL, self.encoder.get_input_embeddings().weight.dtype
 
         def shown(window: int | None) -> Tensor:
             seen_BNN = answers.visible(mask_BL, window)
@@ -140,10 +141,13 @@ class CausalDecoder:
             return hidden.masked_fill(~seen_BNN, torch.finfo(dtype).min)[:, None]
 
         masks = {kind: shown(window) for kind, window in self.windows.items()}
-        return {
-            "attention_mask": masks or shown(None),
-            "position_ids": answers.positions(mask_BL.shape[1]),
-        }
+        arguments = inputs.arguments | {"attention_mask": masks or shown(None)}
+        arguments["position_ids"] = answers.positions(mask_BL.shape[1])
+        arguments["input_ids"] = torch.cat([inputs.arguments["input_ids"], answers.ids_BC], dim=1)
+        columns = arguments["input_ids"].shape[1]
+        row_Z, column_Z = (answers.labels_BC >= 0).nonzero(as_tuple=True)
+        index_Z = row_Z * columns + mask_BL.shape[1] + column_Z
+        return EncoderInputs(arguments, mask_BL, columns, index_Z)
 
     def logits(self, states_BNM: Tensor, answers: Answers) -> dict[str, Tensor]:
         """Log-probability of the labels' words, (B, Y) per task, and of texts, (B, 1); 0 where none was asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,38 @@ class FanOut:
         if is_table or (value.ndim == 3 and value.dtype == torch.int64):
             return value
         return value.index_select(0, self.texts_B)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """Which of B rows go through the copy of a layer that each task has."""
+
+    of_task: tuple[Tensor, ...]
+    """Rows of each task, int64; the first row for a task that has none."""
+    places_B: Tensor
+    """Where each row's result lies among those of all tasks, one task behind the other, int64."""
+
+    @classmethod
+    def of(cls, tasks_B: Tensor, num_tasks: int) -> TaskRows:
+        """Sort rows by their task."""
+        order_B = tasks_B.argsort(stable=True)
+        # A device-to-host wait: numbers of rows decide shapes.
+        counts = tasks_B.bincount(minlength=num_tasks).tolist()
+        of_task = [rows if len(rows) else rows.new_zeros(1) for rows in order_B.split(counts)]
+        places, start = [], 0
+        for count in counts:
+            places.append(torch.arange(start, start + count, device=tasks_B.device))
+            start += max(1, count)
+        return cls(tuple(of_task), torch.cat(places)[order_B.argsort()])
+
+    def together(self, parts: Sequence[Any]) -> Any:
+        """The outputs of all copies as one of all rows; what is not per row is the first one's."""
+        if isinstance(parts[0], tuple):
+            return tuple(self.together(part) for part in zip(*parts, strict=True))
+        per_row = isinstance(parts[0], Tensor) and all(
+            len(part) == len(rows) for part, rows in zip(parts, self.of_task, strict=True)
+        )
+        return torch.cat(list(parts)).index_select(0, self.places_B) if per_row else parts[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +147,10 @@ class Encoding:
     """Experts selected per layer, for all tokens that were routed."""
     whole_BNM: Tensor
     """The last states of all columns: texts, and what stands behind them."""
+    shared_BLM: Tensor
+    """The last states of the text that all tasks share: where tasks have layers of their own, what
+    the first of these reads; else those of ``fused_BLM``."""
+    lower: tuple[Tensor, ...] = ()
+    """Where heads mix layers: the states of the text that each layer reads, (B, L, M)."""
+    distance: Tensor | None = None
+    """Of the tasks' own layers, the sum of ``OwnLayer.distance``; None where it is not measured."""

@@ -1,4 +1,4 @@
-"""Pooling, task heads, private parts, and second logits for gradients at the shared states."""
+"""Pooling, task heads, what tasks have behind the encoder, and second logits for gradients at the shared states."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class AttentionPooling(nn.Module):
     explanation shown to users.
     """
 
+    mixes_layers = False
+    """Whether the states are a mixture of all layers'."""
+    learned = True
+    """Whether each task learns to pool the same states in its own way."""
+
     def __init__(self, model_width: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(model_width))
@@ -55,12 +60,20 @@ class AttentionPooling(nn.Module):
         return pooled_BM.to(hidden_BLM.dtype), attention_BL
 
 
+class LayersPooling(AttentionPooling):
+    """``AttentionPooling`` of the task's own mixture of all layers' states."""
+
+    mixes_layers = True
+
+
 class MeanPooling(nn.Module):
     """Mean of the real tokens' states; arguments and results as for ``AttentionPooling``.
 
     Args:
         model_width: M.
     """
+
+    mixes_layers = learned = False
 
     def __init__(self, model_width: int) -> None:
         super().__init__()
@@ -70,6 +83,15 @@ class MeanPooling(nn.Module):
         weights_BL = mask_BL.float() / mask_BL.sum(dim=1, keepdim=True)
         pooled_BM = torch.einsum("bl,blm->bm", weights_BL, hidden_BLM.float())
         return pooled_BM.to(hidden_BLM.dtype), weights_BL
+
+
+class FirstPooling(MeanPooling):
+    """State of the first token, which BERT and its like are trained to put a text's sense into."""
+
+    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled states (B, M) and weights (B, L), 1 on the first token."""
+        is_first_L = torch.arange(mask_BL.shape[1], device=mask_BL.device) == 0
+        return hidden_BLM[:, 0], is_first_L.float().expand(mask_BL.shape)
 
 
 class LastPooling(MeanPooling):
@@ -86,7 +108,9 @@ class LastPooling(MeanPooling):
 POOLINGS: dict[str, type[nn.Module]] = {
     "attention": AttentionPooling,
     "mean": MeanPooling,
+    "first": FirstPooling,
     "last": LastPooling,
+    "layers": LayersPooling,
 }
 """Word in ``model.pooling`` -> module."""
 
@@ -95,6 +119,27 @@ def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
     """Mean over real tokens, (N, M)."""
     weights_NL = mask_NL.to(hidden_NLM.dtype)
     return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
+
+
+class LayerMixture(nn.Module):
+    """A task's mixture of the states of all layers: gamma times their mean by softmax(w), at the start the plain mean.
+
+    Args:
+        num_states: layers, and one for what the first one reads.
+
+    Source: Peters et al. 2018, ELMo, arXiv:1802.05365, equation 1.
+    """
+
+    def __init__(self, num_states: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_states))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Mix states (B, L, M), the lowest first; in their dtype, of shares in float32 or wider."""
+        wide = torch.promote_types(states[0].dtype, torch.float32)
+        shares = torch.softmax(self.weights.to(wide), dim=0) * self.scale.to(wide)
+        return sum(share * state_BLM for share, state_BLM in zip(shares, states, strict=True))
 
 
 class HeadOutput(NamedTuple):
@@ -117,13 +162,21 @@ class TaskHead(nn.Module):
         model_width: M.
         dropout: probability before the linear layer.
         pooling: ``model.pooling``.
+        num_layers: of the encoder, for a pooling that mixes them.
     """
 
     def __init__(
-        self, task: Task, model_width: int, *, dropout: float, pooling: str = "attention"
+        self,
+        task: Task,
+        model_width: int,
+        *,
+        dropout: float,
+        pooling: str = "attention",
+        num_layers: int = 0,
     ) -> None:
         super().__init__()
         self.mode = task.mode
+        self.mixture = LayerMixture(num_layers + 1) if POOLINGS[pooling].mixes_layers else None
         self.pooling = (
             POOLINGS[pooling](model_width) if self.mode == "pooled" or task.contrastive else None
         )
@@ -156,16 +209,55 @@ class TaskHead(nn.Module):
         self.output.weight.copy_(weight_YM)
         self.output.bias.copy_(-weight_YM @ mean_M)
 
+    def mixed(self, states: Sequence[Tensor]) -> Tensor:
+        """What the head reads of the states of all layers, (B, L, M): the last ones, or their mixture."""
+        return states[-1] if self.mixture is None else self.mixture(states)
+
+    def pool(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Pooled states (B, M) and weights (B, L); None for a head that does not pool."""
+        return (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
+
     def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
         """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        pooled_BM = attention_BL = None
-        if self.pooling is not None:
-            pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
+        return self.predict(hidden_BLM, *self.pool(hidden_BLM, mask_BL))
+
+    def predict(
+        self, hidden_BLM: Tensor, pooled_BM: Tensor | None, attention_BL: Tensor | None
+    ) -> HeadOutput:
+        """Logits from the states and what ``pool`` made of them."""
         if self.mode == "tokens":
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
         logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
         return HeadOutput(logits.float(), pooled_BM, attention_BL)
+
+
+def run_heads(
+    heads: Sequence[TaskHead],
+    read: Callable[[int], Tensor],
+    mask_BL: Tensor,
+    attention: TaskAttention | None,
+    only: int | None = None,
+) -> list[HeadOutput]:
+    """Outputs of all heads, or of one of them; with attention between the tasks that pool.
+
+    Args:
+        heads: the heads.
+        read: place of a head -> the states that it reads, (B, L, M).
+        mask_BL: 1 on real tokens.
+        attention: between what they pool, None for none.
+        only: place of the one.
+    """
+    places = range(len(heads)) if only is None else (only,)
+    if attention is None:
+        return [heads[place](read(place), mask_BL) for place in places]
+    states = [read(place) for place in range(len(heads))]
+    pools = [list(head.pool(own, mask_BL)) for head, own in zip(heads, states, strict=True)]
+    taking_part = [pool for head, pool in zip(heads, pools, strict=True) if head.mode == "pooled"]
+    seen_BTM = attention(torch.stack([pooled_BM for pooled_BM, _ in taking_part], dim=1))
+    for pool, seen_BM in zip(taking_part, seen_BTM.unbind(1), strict=True):
+        pool[0] = seen_BM
+    return [heads[place].predict(states[place], *pools[place]) for place in places]
 
 
 def probe(
@@ -218,3 +310,43 @@ class PrivatePart(nn.Module):
     def forward(self, shared_BLM: Tensor) -> Tensor:
         """What is added to the shared states, (B, L, M)."""
         return self.dropout(self.feed_forward(self.norm(shared_BLM))).to(shared_BLM.dtype)
+
+
+class TaskAttention(nn.Module):
+    """What tasks have pooled of a row look at one another; what each finds is added to it.
+
+    x + W_o softmax(q k^T / sqrt(width)) v over the tasks of a row, with q, k, v = W_(q, k, v) (norm(x) + e) and a
+    vector e of each task. W_o begins at 0, so at the start nothing is added.
+
+    Args:
+        num_tasks: T, of those that pool.
+        model_width: M.
+        width: ``model.task_attention_width``.
+
+    Source: cross-task attention, Lopes et al. 2023, arXiv:2206.08927; scaled dot products of Vaswani
+    et al. 2017, arXiv:1706.03762, with one head.
+    """
+
+    def __init__(self, num_tasks: int, model_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model_width)
+        self.tasks_TM = nn.Parameter(torch.empty(num_tasks, model_width))
+        nn.init.normal_(self.tasks_TM, std=0.02)
+        self.query, self.key, self.value = (
+            nn.Linear(model_width, width, bias=False) for _ in range(3)
+        )
+        self.output = nn.Linear(width, model_width, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, pooled_BTM: Tensor) -> Tensor:
+        """The pooled states with what each task found, (B, T, M)."""
+        x_BTM = self.norm(pooled_BTM) + self.tasks_TM
+        scores_BTT = self.query(x_BTM) @ self.key(x_BTM).mT / self.query.out_features**0.5
+        weights_BTT = torch.softmax(scores_BTT.float(), dim=2).to(scores_BTT.dtype)
+        return pooled_BTM + self.output(weights_BTT @ self.value(x_BTM))
+
+
+def attention_of(heads: Sequence[TaskHead], model_width: int, width: int) -> TaskAttention | None:
+    """Attention between the tasks of heads that pool; None where ``width`` is 0, or there are not two."""
+    pooled = sum(head.mode == "pooled" for head in heads)
+    return TaskAttention(pooled, model_width, width) if width and pooled > 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,20 @@ from torch import Tensor, nn
 from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.causal import Answers, CausalDecoder
 from comoe.models.decoder import DecoderOutput, TaskDecoder
-from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
-from comoe.models.encoders.attach import attach_experts, trained_layers
+from comoe.models.encoder_io import EncoderInputs, Encoding, TaskRows, Texts
+from comoe.models.encoders.attach import adapt_encoder
 from comoe.models.encoders.families import (
     family_of,
-    freeze_encoder,
+    layers_by_stack,
     layers_of,
     longest_input,
     reads_segments,
     stacks_of,
 )
-from comoe.models.encoders.input_scaling import input_weights, scale_inputs
-from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, probe
+from comoe.models.encoders.input_scaling import input_weights, note_inputs, scale_inputs
+from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, attention_of, probe, run_heads
 from comoe.models.moe.block import (
+    AutoEPConfig,
     ContextHolder,
     GatedBlock,
     RoutingContext,
@@ -34,10 +34,10 @@ from comoe.models.moe.block import (
 )
 from comoe.models.moe.gate import GATES, draw
 from comoe.models.vision.fusion import Images, build_fusion
-from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
+from comoe.models.vision.image_text_head import build_image_text_head, image_text_output
 from comoe.models.vision.tower import Tower, expected_tokens
 from comoe.tasks.task import Task, decoder_tasks
-from comoe.types import IGNORED, Batch, ModelOutput, Sharing
+from comoe.types import IGNORED, Batch, ModelOutput, Probe, Sharing
 
 HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
@@ -47,20 +47,6 @@ def _projection(width: int, projected: int) -> nn.Linear:
     projection = nn.Linear(width, projected, bias=False)
     nn.init.normal_(projection.weight, std=0.02)
     return projection
-
-
-@dataclass(frozen=True, slots=True)
-class AutoEPConfig:
-    """The numbers that DeepSpeed reads from ``model.config``; the names are its own."""
-
-    hidden_size: int
-    """Model width M."""
-    num_local_experts: int
-    """Experts per layer E."""
-    num_experts_per_tok: int
-    """Experts per token k."""
-    model_type: str = "comoe"
-    """A name that AutoEP has no preset for."""
 
 
 class MultiTaskModel(nn.Module):
@@ -92,11 +78,8 @@ class MultiTaskModel(nn.Module):
         self.holder = ContextHolder()
         self.encoder = encoder
         self.has_segments = reads_segments(encoder.config)
-        # Before the blocks: they train in every layer.
-        freeze_encoder(encoder, trained_layers(config))
-        self._blocks = tuple(
-            attach_experts(encoder, config.moe, self.holder, len(tasks), dropout=config.dropout)
-        )
+        adapted = adapt_encoder(encoder, config, self.holder, len(tasks))
+        self.own_layers, self._blocks = map(tuple, adapted)
         self.draws = bool(self._blocks) and GATES[config.moe.gate].draws
         reads_task = any(block.task_projection is not None for block in self._blocks)
         self.task_embedding = (
@@ -106,10 +89,10 @@ class MultiTaskModel(nn.Module):
         # A list, not a dict by name: a task may be called "type" or "expert", which torch and
         # DeepSpeed keep for themselves.
         self._headed = tuple(i for i, task in enumerate(self.tasks) if task.mode != "decoder")
-        self.heads = nn.ModuleList(
-            TaskHead(self.tasks[number], width, dropout=dropout, pooling=config.pooling)
-            for number in self._headed
-        )
+        layers = layers_by_stack(encoder)[0]
+        more = {"dropout": dropout, "pooling": config.pooling, "num_layers": len(layers)}
+        heads = (TaskHead(self.tasks[number], width, **more) for number in self._headed)
+        self.heads = nn.ModuleList(heads)
         has_decoder = len(self.heads) < len(self.tasks)
         self.projection = None
         # Nothing to project, and no gradient, without a head that pools (models of tags alone have
@@ -124,30 +107,19 @@ class MultiTaskModel(nn.Module):
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
-        self.image_text = self._build_image_text(image_text, config)
+        widths = (width, config.projection_width)
+        self.image_text = build_image_text_head(image_text, self.fusion, *widths)
         # Last, so that all else begins as it does without them.
-        self.private = None
-        if config.private_width:
-            self.private = nn.ModuleList(
-                PrivatePart(width, config.private_width, dropout=dropout) for _ in tasks
-            )
+        own = config.private_width
+        private = [PrivatePart(width, own, dropout=dropout) for _ in tasks] if own else []
+        self.private = nn.ModuleList(private) if private else None
+        self.task_attention = attention_of(self.heads, width, config.task_attention_width)
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
-
-    def _build_image_text(
-        self, image_text: ImageTextConfig | None, config: ModelConfig
-    ) -> ImageTextHead | None:
-        if self.is_causal and self.fusion is not None and self.fusion.in_encoder:
-            raise ValueError(
-                f"model.vision.fusion ({config.vision.fusion}) puts images behind the text, where a decoder-only "
-                "model.encoder does not look; choose concat, attention or gated."
-            )
-        if self.fusion is None or image_text is None:
-            return None
-        wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
-        widths = (self.config.hidden_size, self.fusion.image_width, config.projection_width)
-        head = ImageTextHead(*widths, **wanted)
-        return head if head.contrasts or head.match is not None else None
+        # Behind what scales them.
+        self.mixes_layers = any(head.mixture is not None for head in self.heads)
+        noted = layers if self.mixes_layers else self.own_layers
+        note_inputs(noted, lambda states: self.holder.context.inputs.append(states))
 
     def forward(
         self,
@@ -174,10 +146,9 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = probe(
-                shared_BLM, self.tasks, lambda i, states: self._head(i, states, mask_BL)[0].logits
-            )
-        logits, embeddings, attentions, private = self.head_outputs(shared_BLM, mask_BL)
+            more["probe"] = self._probe(encoding, mask_BL)
+        of_heads = self.head_outputs(shared_BLM, mask_BL, encoding.lower)
+        logits, embeddings, attentions, private = of_heads
         decoded = None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
@@ -204,7 +175,7 @@ class MultiTaskModel(nn.Module):
             sides = (self.image_text, self.fusion, self.encode, texts, images, encoding)
             more["image_text"] = image_text_output(*sides)
         if self.training:
-            more["sharing"] = Sharing(shared_BLM, mask_BL, private)
+            more["sharing"] = Sharing(encoding.shared_BLM, mask_BL, private, encoding.distance)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
         logits = self._predicted(logits, batch)
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picked, **more)
@@ -227,13 +198,14 @@ class MultiTaskModel(nn.Module):
                 draws_B = draw(draws_B, salt)
         return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
 
-    def head_outputs(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
-        """Logits, embeddings, attentions and updates of private parts of the tasks with heads."""
-        logits, embeddings, attentions, private = {}, {}, {}, {}
-        for place, number in enumerate(self._headed):
+    def head_outputs(
+        self, states_BLM: Tensor, mask_BL: Tensor, lower: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Tensor], ...]:
+        """Logits, embeddings, attentions and private updates of tasks with heads; ``lower``: what each layer reads."""
+        logits, embeddings, attentions = {}, {}, {}
+        outputs, private = self._run_heads(states_BLM, mask_BL, lower)
+        for number, output in zip(self._headed, outputs, strict=True):
             name = self.tasks[number].name
-            output, update = self._head(place, shared_BLM, mask_BL)
-            private |= update
             logits[name] = output.logits
             if output.pooled_BM is not None:
                 embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
@@ -241,12 +213,31 @@ class MultiTaskModel(nn.Module):
                 attentions[name] = output.attention_BL
         return logits, embeddings, attentions, private
 
-    def _head(
-        self, place: int, shared_BLM: Tensor, mask_BL: Tensor
-    ) -> tuple[HeadOutput, dict[str, Tensor]]:
-        """A head's output from the shared states, and, by its task's name, what a private part adds to them."""
-        update = self._private(self._headed[place], shared_BLM)
-        return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
+    def _run_heads(
+        self,
+        states_BLM: Tensor,
+        mask_BL: Tensor,
+        lower: Sequence[Tensor],
+        only: int | None = None,
+    ) -> tuple[list[HeadOutput], dict[str, Tensor]]:
+        """Outputs of all heads, or of one, and, by their tasks' names, what private parts add to the states."""
+        private: dict[str, Tensor] = {}
+
+        def read(place: int) -> Tensor:
+            update = self._private(self._headed[place], states_BLM)
+            private.update(update)
+            return sum(update.values(), self.heads[place].mixed((*lower, states_BLM)))
+
+        return run_heads(self.heads, read, mask_BL, self.task_attention, only), private
+
+    def _probe(self, encoding: Encoding, mask_BL: Tensor) -> Probe:
+        assert not self.own_layers, "the recipe's rules refuse it"
+        lower = [states_BLM.detach() for states_BLM in encoding.lower]
+
+        def predict(number: int, states_BLM: Tensor) -> Tensor:
+            return self._run_heads(states_BLM, mask_BL, lower, number)[0][0].logits
+
+        return probe(encoding.fused_BLM, self.tasks, predict)
 
     def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
         if self.private is None:
@@ -323,7 +314,7 @@ class MultiTaskModel(nn.Module):
         if images is not None:
             inputs = self.fusion.before(inputs, images)
         if answers is not None:
-            inputs = self._with_answers(inputs, answers)
+            inputs = self.causal_decoder.behind(inputs, answers)
         # A device-to-host wait: the number of real tokens decides shapes.
         rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
         index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
@@ -336,33 +327,29 @@ class MultiTaskModel(nn.Module):
         )
         context.draws_B = texts.draws_B
         context.selected = self._by_layer(selected)
+        # A filler row has no task; its output is never used, so any will do.
+        tasks_B = texts.tasks_B.clamp_min(0)
+        if self.own_layers:
+            context.task_rows = TaskRows.of(tasks_B, len(self.tasks))
         if self.task_embedding is not None:
-            # A filler row has no task; its output is never used, so any embedding will do.
-            context.task_ids_B = texts.tasks_B.clamp_min(0)
+            context.task_ids_B = tasks_B
             context.task_embeddings_BD = self.task_embedding(context.task_ids_B)
         states_BNM = self.run_encoder(inputs.arguments, context)
         if fan_out is not None:
             states_BNM = fan_out.to_rows(states_BNM)  # no layer of this encoder has a block
         states_BLM = states_BNM[:, : mask_BL.shape[1]]
+        below = context.inputs if fan_out is None else map(fan_out.to_rows, context.inputs)
+        lower = tuple(states_BNM[:, : mask_BL.shape[1]] for states_BNM in below)
         fused_BLM = states_BLM
         if images is not None:
             fused_BLM = self.fusion.after(states_BLM, mask_BL, images)
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
         picked = tuple(routing.indices_Sk for routing in routings)
         of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
-        return Encoding(states_BLM, fused_BLM, of_text, rows_S, picked, states_BNM)
-
-    def _with_answers(self, inputs: EncoderInputs, answers: Answers) -> EncoderInputs:
-        """The texts with labels to score behind them."""
-        mask_BL = inputs.mask_BL
-        dtype = self.encoder.get_input_embeddings().weight.dtype
-        arguments = inputs.arguments | self.causal_decoder.arguments(answers, mask_BL, dtype)
-        ids = [inputs.arguments["input_ids"], answers.ids_BC]
-        arguments["input_ids"] = torch.cat(ids, dim=1)
-        columns = arguments["input_ids"].shape[1]
-        row_Z, column_Z = (answers.labels_BC >= 0).nonzero(as_tuple=True)
-        index_Z = row_Z * columns + mask_BL.shape[1] + column_Z
-        return EncoderInputs(arguments, mask_BL, columns, index_Z)
+        shared_BLM = lower[-len(self.own_layers)] if self.own_layers else fused_BLM
+        found = (states_BLM, fused_BLM, of_text, rows_S, picked, states_BNM, shared_BLM)
+        distance = sum(context.distances) if context.distances else None
+        return Encoding(*found, lower if self.mixes_layers else (), distance)
 
     def run_encoder(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
         """The encoder's last states (B, N, M); ``context`` collects the routings."""
@@ -371,6 +358,11 @@ class MultiTaskModel(nn.Module):
             return stacks_of(self.encoder)[0](**arguments).last_hidden_state
         finally:
             self.holder.context = None
+
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether a row's states depend on its task."""
+        return self.task_embedding is not None or bool(self.own_layers)
 
     @property
     def image_tokens(self) -> int:

@@ -14,8 +14,9 @@ from comoe.data.collator import Collator
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
 from comoe.distributed import broadcast_object, is_main
 from comoe.models.encoders.build import build_encoder
-from comoe.models.encoders.families import reads_segments
-from comoe.models.heads import AttentionPooling
+from comoe.models.encoders.families import layers_of, reads_segments
+from comoe.models.encoders.input_scaling import note_inputs
+from comoe.models.heads import TaskHead
 from comoe.models.model import MultiTaskModel
 
 POSTS = 256
@@ -62,21 +63,24 @@ def start_heads(
         )
     if is_main():
         with torch.random.fork_rng([]):
-            encoder = build_encoder(recipe.model).to(device).eval()
+            encoder, lower = build_encoder(recipe.model).to(device).eval(), []
+        note_inputs(layers_of(encoder), lower.append)
     for task, head in described.items():
         if is_main():
             texts = [recipe.tasks[task.name].descriptions[label] for label in task.labels]
             described_labels = collator.encode_texts(texts, config=recipe.data, asked=[task])
             posts = np.flatnonzero(train.labelled[:, model.tasks.index(task)])[:POSTS]
             rows = (described_labels.rows(np.arange(len(texts))), train.rows(posts))
-            head.start_at(*(_pooled(encoder, head.pooling, some) for some in rows))
+            head.start_at(*(_pooled(encoder, lower, head, some) for some in rows))
         for weights in head.output.parameters():
             weights.data = broadcast_object(weights.data)
 
 
 @torch.no_grad()
-def _pooled(encoder: nn.Module, pooling: AttentionPooling, rows: Sequence[TokenRow]) -> Tensor:
-    """Pooled states of some texts, (N, M), on the CPU."""
+def _pooled(
+    encoder: nn.Module, lower: list[Tensor], head: TaskHead, rows: Sequence[TokenRow]
+) -> Tensor:
+    """Pooled states of some texts, (N, M), on the CPU; ``lower`` is filled with what layers read."""
     device = next(encoder.parameters()).device
     found = []
     for start in range(0, len(rows), ROWS):
@@ -87,8 +91,10 @@ def _pooled(encoder: nn.Module, pooling: AttentionPooling, rows: Sequence[TokenR
         }
         if reads_segments(encoder.config):
             arguments["token_type_ids"] = _padded([row.token_types for row in some]).to(device)
-        states_NLM = encoder(**arguments).last_hidden_state.cpu()
-        found.append(pooling(states_NLM, arguments["attention_mask"].cpu())[0])
+        lower.clear()
+        last_NLM = encoder(**arguments).last_hidden_state
+        states_NLM = head.mixed([states.cpu() for states in (*lower, last_NLM)])
+        found.append(head.pool(states_NLM, arguments["attention_mask"].cpu())[0])
     return torch.cat(found)
 
 

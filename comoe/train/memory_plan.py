@@ -45,7 +45,6 @@ from comoe.models.encoders.families import expert_width, family_of, has_decoder
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.lora import LoraLinear, adapters_of, widths_of
-from comoe.models.moe.router import ROUTES
 from comoe.models.vision.tower import expected_tokens
 from comoe.tasks.task import decoder_tasks
 from comoe.train.parallel.ds_config import Layout
@@ -66,7 +65,8 @@ class Work:
     layers: int = 0
     """Encoder layers."""
     shared_layers: int = 0
-    """Of them, where the gate reads the task, those below the first block: a text is read once."""
+    """Of them, where a row serves one task, those below the first block and the first layer of a
+    task's own: a text is read once."""
     shared_tokens: int = 0
     """Tokens of the micro-batch that these layers read."""
     width: int = 0
@@ -79,6 +79,10 @@ class Work:
     """Tasks with a private part."""
     private_width: int = 0
     """Hidden width of one."""
+    mixing_heads: int = 0
+    """Heads that mix the states of all layers."""
+    tied: int = 0
+    """Weights of all tasks' own layers that a loss holds together."""
     moe_layers: int = 0
     """Layers with experts."""
     top_k: int = 0
@@ -142,11 +146,17 @@ class Work:
 
     def outer_bytes(self, number: int) -> int:
         """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the
-        last states for each pooling head, and for each private part its norm's output, the sum that
-        its head reads, a one-byte dropout mask and four numbers of its hidden width."""
+        last states for each pooling head, for each head that mixes layers the mixture, for all of
+        them the states of texts once per row, and for each private part its norm's output, the sum
+        that its head reads, a one-byte dropout mask and four numbers of its hidden width. And how
+        far tied weights are from their mean."""
         private = (2 * self.width + 4 * self.private_width) * number + self.width
         heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
-        return self.tokens * (heads + self.private_parts * private)
+        copied = (
+            (self.shared_layers + 1) * (self.shared_tokens < self.tokens) * (self.mixing_heads > 0)
+        )
+        mixed = self.width * number * (self.mixing_heads + copied)
+        return self.tokens * (heads + mixed + self.private_parts * private) + FULL * self.tied
 
     def dispatch_bytes(self, number: int) -> int:
         """One layer's routes on their way: sent, received, padded for the grouped product, and returned."""
@@ -417,12 +427,15 @@ def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
     frozen = _elements(parameter for parameter in model.parameters() if not parameter.requires_grad)
     # All LoRA experts of a token run; the weights of those that are not selected are 0.
     share = 1.0 if adapters else top_k / max(1, model.config.num_local_experts)
+    # A token goes through the copy of one task.
+    own = sum(_elements(layer.parameters()) for layer in model.own_layers)
+    others = own - own // len(model.tasks)
     return {
         "total": total,
         "experts": experts,
         "dense": total - experts,
         "frozen": frozen,
-        "active": int(total - experts * (1 - share)),
+        "active": int(total - experts * (1 - share)) - others,
     }
 
 
@@ -485,7 +498,7 @@ def _text_work(
 ) -> tuple[Work, DecoderWork | None]:
     """What the encoder, and a decoder, go through for a number of posts."""
     encoder, blocks = model.encoder.config, model.moe_layers()
-    by_task, distilled = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
+    by_task, distilled = recipe.model.row_per_task, bool(recipe.distill.teachers)
     rows = _row_tokens(model, train, by_task=by_task, distilled=distilled)
     num_layers, ffn_widths = stack_shapes(encoder)
     adapters, width = adapters_of(model.encoder), model.config.hidden_size
@@ -498,7 +511,8 @@ def _text_work(
     of_encoder = sum(block.layer < num_layers[0] for block in blocks)
     below = 0
     if rows.texts < rows.encoder:
-        below = blocks[0].layer if of_encoder else num_layers[0]
+        below = num_layers[0] - len(model.own_layers)
+        below = min(below, blocks[0].layer) if of_encoder else below
     work = Work(
         tokens=int(posts * (rows.encoder + rows.images * model.image_tokens)),
         layers=num_layers[0],
@@ -508,6 +522,9 @@ def _text_work(
         tasks=sum(head.pooling is not None for head in model.heads),
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
+        mixing_heads=sum(head.mixture is not None for head in model.heads),
+        tied=sum(_elements(layer.parameters()) for layer in model.own_layers)
+        * model.holder.measures_distance,
         moe_layers=0 if adapters else of_encoder,
         adapter_numbers=sum(map(kept_of_token, adapters)),
         **common,
@@ -549,7 +566,7 @@ class RowTokens(NamedTuple):
     images: float
     """Rows per post, each with its image."""
     texts: float
-    """That the encoder's layers below the first block read, each text once."""
+    """That the encoder's layers below the first block, or a task's own, read, each text once."""
 
 
 def _row_tokens(

@@ -109,9 +109,9 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     if images is not None:
         processor = load_image_processor(images, trust_remote_code=recipe.model.trust_remote_code)
         pixels = PixelReader(processor, limits_of(recipe.data))
-    route_by = recipe.model.moe.route_by
+    row_per_task = recipe.model.row_per_task
     return splits, Collator(
-        tokenizer, corpus.tasks, route_by=route_by, pixels=pixels, domains=domains
+        tokenizer, corpus.tasks, row_per_task=row_per_task, pixels=pixels, domains=domains
     )
 
 

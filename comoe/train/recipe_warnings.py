@@ -12,6 +12,7 @@ from comoe.config.reference import options
 from comoe.losses.image_text import HARD
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.encoders.families import FAMILIES
+from comoe.models.heads import POOLINGS
 from comoe.models.moe.gate import GATES
 from comoe.models.vision.fusion import FUSIONS
 from comoe.tasks.kinds.registry import KINDS
@@ -98,6 +99,22 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
         if name not in scored:
             only = f"only that loss reads its posts, and {why}"
             yield _in_vain(f"tasks.{name}.kind", task.kind, only)
+
+
+def _states(recipe: Recipe) -> Iterator[str]:
+    """What heads read, and what they pool."""
+    model, modes = recipe.model, [KINDS[task.kind].mode for task in recipe.tasks.values()]
+    pooling, width = POOLINGS[model.pooling], model.task_attention_width
+    tags = any(task.contrastive is True or pooling.mixes_layers for task in recipe.tasks.values())
+    if model.pooling != _USUAL.model.pooling and not {"pooled", *["tokens"] * tags} & {*modes}:
+        why = "no task has a head that pools"
+        yield _in_vain("model.pooling", model.pooling, why)
+    if width and modes.count("pooled") < 2:
+        why = f"of the tasks {modes.count('pooled')} have a head that pools, and it takes two"
+        yield _in_vain("model.task_attention_width", width, why)
+    elif width and not pooling.learned and not model.private_width:
+        why = f"under model.pooling {model.pooling} all tasks pool the same states"
+        yield f"model.task_attention_width is {width}, but {why}; take attention or layers."
 
 
 def _images(recipe: Recipe) -> Iterator[str]:
@@ -187,6 +204,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _unread,
     _experts,
     _tasks,
+    _states,
     _images,
     _image_text,
 )

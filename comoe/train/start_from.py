@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -116,14 +117,16 @@ def _fitting(
             continue
         if not adapters and parameter_group(name) in OF_EXPERTS and name.startswith("encoder."):
             continue
-        theirs = _name_there(name, source, model.tasks)
-        fits = theirs in source.names
-        if fits and (value := source.read(theirs)).shape == getattr(place, "ds_shape", place.shape):
+        theirs = _names_there(name, source, model.tasks)
+        fits = bool(theirs) and source.names.issuperset(theirs)
+        shape = getattr(place, "ds_shape", place.shape)
+        if fits and (value := _mean([*map(source.read, theirs)])).shape == shape:
             yield name, value
         elif name.split(".")[0] in PRE_TRAINED:
             rule = "has another shape there" if fits else "is not there"
             raise ValueError(
-                f"{name} {rule}; both runs need the same model.encoder, model.keep_layers and model.vision.tower."
+                f"{name} {rule}; both runs need the same model.encoder, model.keep_layers, model.own_layers and "
+                "model.vision.tower."
             )
 
 
@@ -155,19 +158,35 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "inner")
 
 
-def _name_there(name: str, source: _Source, tasks: Sequence[Task]) -> str | None:
-    """How the export names a weight: heads and private parts go by the number of their task."""
+def _names_there(name: str, source: _Source, tasks: Sequence[Task]) -> list[str]:
+    """How the export names a weight: heads and private parts go by the number of their task.
+
+    Of a task's own layer it is the copy of the same task, or the layer that all share there; for a new
+    task all copies, whose mean it starts from.
+    """
     part, _, rest = name.partition(".")
-    if part == "task_embedding":
-        return name if [task.name for task in source.tasks] == [t.name for t in tasks] else None
+    if part in ("task_embedding", "task_attention"):
+        alike = [task.name for task in source.tasks] == [task.name for task in tasks]
+        return [name] * alike
     if part == "encoder":
-        return source.encoder.get(_unwrapped(name))
+        above, copy, below = _unwrapped(name).partition(".copies.")
+        number, _, below = below.partition(".")
+        known = source.number_of(tasks[int(number)]) if copy else None
+        own = range(len(source.tasks)) if known is None else [known]
+        names = [f"{above}{copy}{n}.{below}" for n in own] if copy else []
+        names = [source.encoder[each] for each in names if each in source.encoder]
+        shared = source.encoder.get(f"{above}.{below}" if copy else above)
+        return names or ([] if shared is None else [shared])
     if part not in _NUMBERED:
-        return name
+        return [name]
     number, _, rest = rest.partition(".")
     ours, theirs = (_NUMBERED[part](found) for found in (tasks, source.tasks))
     place = source.number_of(ours[int(number)])
-    return None if place is None else f"{part}.{theirs.index(source.tasks[place])}.{rest}"
+    return [] if place is None else [f"{part}.{theirs.index(source.tasks[place])}.{rest}"]
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(dim=0)
 
 
 _NUMBERED: dict[str, Callable[[Sequence[Task]], list[Task]]] = {

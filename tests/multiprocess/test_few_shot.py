@@ -37,6 +37,7 @@ def starts(folder: str, stages: list[int]) -> dict[str, Any]:
     from comoe.config.load import load_recipe
     from comoe.distributed import world_size
     from comoe.train.build import build_run
+    from comoe.train.label_texts import start_heads
     from comoe.train.parallel.setup import gather_full_state, start_ranks
     from comoe.train.read_data import read_posts, tokenize_posts
     from comoe.train.start_model import build_model
@@ -56,6 +57,12 @@ def starts(folder: str, stages: list[int]) -> dict[str, Any]:
             key: value.numpy() for key, value in plain.state_dict().items() if "heads." in key
         }
         found["reference"] = reference(resolved, plain, splits["train"], collator)
+        resolved.model.pooling = "layers"
+        mixing = build_model(resolved, splits, collator).model
+        start_heads(mixing, resolved, collator, splits["train"], device=device)
+        state = mixing.state_dict()
+        found["layers"] = {key: state[key].numpy() for key in state if "heads." in key}
+        found["reference of layers"] = reference(resolved, mixing, splits["train"], collator)
     return found
 
 
@@ -71,7 +78,10 @@ def reference(recipe: Any, model: Any, train: Any, collator: Any) -> dict[int, A
         arguments = {"input_ids": ids, "token_type_ids": types}
         rows = {key: torch.tensor(value[None].astype(np.int64)) for key, value in arguments.items()}
         with torch.no_grad():
-            states_LM = encoder(**rows).last_hidden_state[0].numpy()
+            output = encoder(**rows, output_hidden_states=True)
+        states_LM = output.last_hidden_state[0].numpy()
+        if recipe.model.pooling == "layers":  # new, the plain mean of all of them
+            states_LM = torch.stack(output.hidden_states).mean(dim=0)[0].numpy()
         weights_L = np.exp(states_LM @ query)
         return weights_L @ states_LM / weights_L.sum()
 
@@ -108,10 +118,11 @@ def started(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_heads_start_at_the_texts_of_their_labels(started):
     one = started[0]
-    for number, (weight_YM, bias_Y) in one["reference"].items():
-        key = f"heads.{number}.output"
-        np.testing.assert_allclose(one["2"][f"{key}.weight"], weight_YM, atol=1e-5)
-        np.testing.assert_allclose(one["2"][f"{key}.bias"], bias_Y, atol=1e-5)
+    for found, expected in (("2", "reference"), ("layers", "reference of layers")):
+        for number, (weight_YM, bias_Y) in one[expected].items():
+            key = f"heads.{number}.output"
+            np.testing.assert_allclose(one[found][f"{key}.weight"], weight_YM, atol=1e-5)
+            np.testing.assert_allclose(one[found][f"{key}.bias"], bias_Y, atol=1e-5)
 
 
 def test_heads_start_alike_under_every_stage_and_nothing_else_changes(started):

@@ -52,6 +52,11 @@ LORA_BY_TOKEN = {
     "model__moe__form": "lora", "model__moe__gate_scope": "layer", "model__moe__targets": "attention",
     "model__moe__route_by": "both",
 }  # fmt: skip
+# Layers, a mixture of layers and an attention of the tasks' own; experts in the layer below.
+SOFT = {
+    "model__own_layers": 1, "loss__soft_sharing_weight": 0.05, "model__pooling": "layers",
+    "model__task_attention_width": 8,
+}  # fmt: skip
 SUMMED = {"steps": 2, "accumulation": 3}
 RECOMPUTED = {"train__activation_checkpointing": True}
 
@@ -104,6 +109,9 @@ CASES: dict[str, dict[str, Any]] = {
         "model__moe__layers": [1],
         "paired": True,
     },
+    "soft sharing": {"steps": 4, **ADAMW, **SOFT, **RECOMPUTED, "paired": True},
+    # Ranks without a post, and tasks without one anywhere.
+    "soft sharing tiny": {"steps": 2, "count": 2, **SGD, **SOFT},
     # Of a frozen model.
     "lora": {"steps": 4, **ADAMW, **LORA},
     "lora by token": {"steps": 4, **ADAMW, **LORA_BY_TOKEN, **RECOMPUTED, "paired": True},
@@ -124,10 +132,11 @@ LAYOUTS: dict[int, list[Cell]] = {
             *((name, 1, stage) for stage in STAGES for name in ("lora", "lora by token")),
             *(("own experts", 2, stage) for stage in STAGES), ("experts that lean", 2, 3),
             *(("drawn experts", 2, stage) for stage in STAGES),
+            *(("soft sharing", ep, stage) for stage, ep in zip(STAGES, (1, 2, 2), strict=True)),
             *(("clipped by the norms so far", 2, stage) for stage in STAGES),
         ]),
         (4, ("adamw short", "sgd short", "gradient"), (2, 4), [
-            ("tiny", 2, 1), ("tiny", 2, 2), ("tiny", 4, 3), ("offloaded", 2, 2),
+            ("tiny", 2, 1), ("tiny", 2, 2), ("tiny", 4, 3), ("offloaded", 2, 2), ("soft sharing tiny", 2, 3),
             ("recomputed", 2, 2), ("recomputed", 2, 3), *(("bf16", 2, stage) for stage in STAGES),
             ("bf16 recomputed", 2, 3),
         ]),
@@ -312,9 +321,9 @@ ENGINES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-LORAS = {
+OTHERS = {
     f"LoRA, ZeRO {stage}": {"stage": stage, "parallel__ep_size": 1, **LORA} for stage in STAGES
-}
+} | {f"soft sharing, ZeRO {stage}": {"stage": stage, **SOFT} for stage in STAGES}
 ASKED: dict[str, dict[str, Any]] = {
     "resumed": {"work": "resumed"},
     # By a run of an earlier version.
@@ -328,7 +337,7 @@ def two_ranks(encoder, tmp_path_factory) -> dict[tuple[str, str], list[Any]]:
     """(what is asked, engine) -> what each of two ranks answered; all in one world."""
     folder = tmp_path_factory.mktemp("checkpoints")
     cells = {(asked, name): ASKED[asked] | ENGINES[name] for asked in ASKED for name in ENGINES}
-    cells |= {("resumed", name): ASKED["resumed"] | options for name, options in LORAS.items()}
+    cells |= {("resumed", name): ASKED["resumed"] | options for name, options in OTHERS.items()}
     places = [{"folder": str(folder / str(number))} for number in range(len(cells))]
     cases = [
         case | (place if case["work"] == "resumed" else {})
@@ -338,7 +347,7 @@ def two_ranks(encoder, tmp_path_factory) -> dict[tuple[str, str], list[Any]]:
     return dict(zip(cells, map(list, zip(*ranks, strict=True)), strict=True))
 
 
-@pytest.mark.parametrize("name", [*ENGINES, *LORAS])
+@pytest.mark.parametrize("name", [*ENGINES, *OTHERS])
 def test_resumed_run_equals_uninterrupted_run(two_ranks, name):
     for answer in two_ranks["resumed", name]:
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)

@@ -89,6 +89,7 @@ def estimate(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> Ca
         width=shape.width,
         ffn_width=shape.ffn_width,
         tasks=shape.tasks,
+        mixing_heads=shape.tasks * shape.mixes_layers,
         moe_layers=shape.moe_layers,
         top_k=shape.top_k,
         expert_width=shape.expert_width,

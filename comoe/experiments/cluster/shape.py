@@ -26,6 +26,8 @@ from comoe.models.encoders.families import (
     has_decoder,
     layers_of,
 )
+from comoe.models.encoders.own_layers import give_own_layers
+from comoe.models.heads import POOLINGS
 from comoe.models.moe.block import ContextHolder
 from comoe.models.moe.lora import adapters_of, is_linear, widths_of
 from comoe.starter.registry import PREFIXES, prepare
@@ -47,6 +49,8 @@ class Counted:
     """Of them in maps that do not train."""
     attended: int
     """Width of a token's queries, heads times width of a head."""
+    copied: int = 0
+    """Of the parameters, those of all tasks' own layers but one task's."""
     adapters: int = 0
     """Parameters of LoRA experts."""
     adapter_numbers: int = 0
@@ -79,6 +83,12 @@ class PlannedModel:
     """Width of the shared expert; 0 is none."""
     private_width: int = 0
     """Width of each task's private part; 0 is none."""
+    own_layers: int = 0
+    """Last layers that each task has for itself."""
+    task_attention_width: int = 0
+    """Width of the attention between tasks; 0 is none."""
+    mixes_layers: bool = False
+    """Whether each head mixes the states of all layers."""
     counted: Counted | None = None
     """What was counted instead of by the formulas."""
 
@@ -94,17 +104,30 @@ class PlannedModel:
         without the pooler."""
         if self.counted is not None:
             return self.counted.parameters
-        attention, norms = 4 * self.width * (self.width + 1), 4 * self.width
-        feed_forward = 2 * self.width * self.ffn_width + self.ffn_width + self.width
         table = (self.vocabulary + self.positions + 2 + 2) * self.width
-        return table + self.layers * (attention + feed_forward + norms)
+        return table + self.layers * self._layer_parameters + self.copied_parameters
+
+    @property
+    def _layer_parameters(self) -> int:
+        attention, norms = 4 * self.width * (self.width + 1), 4 * self.width
+        return attention + 2 * self.width * self.ffn_width + self.ffn_width + self.width + norms
+
+    @property
+    def copied_parameters(self) -> int:
+        """Of all tasks' own layers but one task's: a token goes through one copy."""
+        if self.counted is not None:
+            return self.counted.copied
+        return (self.tasks - 1) * self.own_layers * self._layer_parameters
 
     @property
     def dense_parameters(self) -> int:
-        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer);
-        projection; private parts."""
+        """D: encoder; norm, gate and shared expert of each block; heads (query, mixture of layers and
+        linear layer); projection; private parts; attention between tasks."""
         block = self.width * (2 + self.num_experts + 3 * self.shared_width)
         heads = (self.tasks + self.projection) * self.width + self.outputs * (self.width + 1)
+        heads += self.tasks * (self.layers + 2) * self.mixes_layers
+        if self.task_attention_width and self.tasks > 1:
+            heads += self.width * (2 + self.tasks + 4 * self.task_attention_width)
         private = self.width * (2 + 3 * self.private_width) if self.private_width else 0
         return self.encoder_parameters + self.moe_layers * block + heads + self.tasks * private
 
@@ -117,11 +140,11 @@ class PlannedModel:
 
     @property
     def active_parameters(self) -> int:
-        """Active parameters per token: D + X k / E; all LoRA experts run."""
+        """Active parameters per token: D + X k / E; all LoRA experts run, and of own layers one copy."""
+        dense = self.dense_parameters - self.copied_parameters
         if self.counted is not None and self.counted.adapters:
-            return self.dense_parameters + self.expert_parameters
-        routed = self.expert_parameters * self.top_k // max(1, self.num_experts)
-        return self.dense_parameters + routed
+            return dense + self.expert_parameters
+        return dense + self.expert_parameters * self.top_k // max(1, self.num_experts)
 
 
 def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> PlannedModel:
@@ -171,12 +194,17 @@ def _shape(
         tasks=len(recipe.tasks),
         outputs=sum(max(1, len(task.labels)) for task in recipe.tasks.values()),
         projection=recipe.model.projection_width,
-        moe_layers=len(chosen_layers(moe.layers, layers)) if beside else 0,
+        moe_layers=len(chosen_layers(moe.layers, layers - recipe.model.own_layers))
+        if beside
+        else 0,
         num_experts=moe.num_experts if beside else 0,
         top_k=moe.top_k if beside else 0,
         expert_width=expert_width(moe, width),
         shared_width=moe.shared_width,
         private_width=recipe.model.private_width,
+        own_layers=recipe.model.own_layers,
+        task_attention_width=recipe.model.task_attention_width,
+        mixes_layers=POOLINGS[recipe.model.pooling].mixes_layers,
         **more,
     )
 
@@ -191,16 +219,19 @@ def _counted_shape(recipe: Recipe, folder: Path) -> PlannedModel:
     encoder = build_encoder_shape(config, generates=bool(decoded))
     sizes = encoder.config
     freeze_encoder(encoder, trained_layers(config))
-    weights = [weight.numel() for weight in encoder.parameters()]
-    frozen = sum(weight.numel() for weight in encoder.parameters() if not weight.requires_grad)
     maps = [
         module for layer in layers_of(encoder) for module in layer.modules() if is_linear(module)
     ]
+    holder, tasks, own_layers = ContextHolder(), len(recipe.tasks), []
+    if config.own_layers:
+        own_layers = give_own_layers(encoder, config.own_layers, tasks, holder)
+    weights = [weight.numel() for weight in encoder.parameters()]
+    frozen = sum(weight.numel() for weight in encoder.parameters() if not weight.requires_grad)
+    own = sum(weight.numel() for layer in own_layers for weight in layer.parameters())
     if config.moe.num_experts and not FORMS[config.moe.form].over_ranks:
         with torch.device("meta"):
-            attach_experts(
-                encoder, config.moe, ContextHolder(), len(recipe.tasks), dropout=config.dropout
-            )
+            more = {"dropout": config.dropout, "own_layers": config.own_layers}
+            attach_experts(encoder, config.moe, holder, tasks, **more)
     adapters = adapters_of(encoder)
     operations = [2 * math.prod(widths_of(module)) for module in maps]
     still = [not module.weight.requires_grad for module in maps]
@@ -211,6 +242,7 @@ def _counted_shape(recipe: Recipe, folder: Path) -> PlannedModel:
         operations=sum(operations),
         frozen_operations=sum(count for count, one in zip(operations, still, strict=True) if one),
         attended=heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads),
+        copied=own - own // tasks,
         adapters=sum(one.lora_A.numel() + one.lora_B.numel() for one in adapters),
         adapter_numbers=sum(map(kept_of_token, adapters)),
         two_stacks=has_decoder(encoder),

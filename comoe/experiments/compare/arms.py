@@ -22,6 +22,7 @@ from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.cluster.shape import shape_of_recipe
 from comoe.inference.export_config import read_export_config
 from comoe.losses.weighting.strategies import WEIGHTINGS
+from comoe.models.heads import POOLINGS
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, kind_of
 
 ALONE, WITHOUT, NO_AUXILIARY = "single", "without", "no_auxiliary"
@@ -302,6 +303,19 @@ def _private(recipe: Recipe) -> list[str]:
     return [f"model.private_width={max(16, shape_of_recipe(recipe).width // 4)}"]
 
 
+def _own_layers(recipe: Recipe, *, tied: bool) -> list[str]:
+    weight = (recipe.loss.soft_sharing_weight or 0.01) if tied else 0
+    return [
+        f"model.own_layers={recipe.model.own_layers or 1}",
+        f"loss.soft_sharing_weight={weight}",
+    ]
+
+
+def _task_attention(recipe: Recipe) -> list[str]:
+    # As wide as a private part.
+    return [f"model.task_attention_width={max(16, shape_of_recipe(recipe).width // 4)}"]
+
+
 def _fixed(*overrides: str) -> Callable[[Recipe], list[str]]:
     return lambda recipe: list(overrides)
 
@@ -335,6 +349,10 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     },
     "adversarial": _fixed("loss.adversarial.weight=0.1"),
     "private": _private,
+    "own_layers": partial(_own_layers, tied=False),
+    "soft_sharing": partial(_own_layers, tied=True),
+    "task_attention": _task_attention,
+    **{f"pooling_{name}": _fixed(f"model.pooling={name}") for name in POOLINGS},
     **{name: _fixed(f"loss.weighting={name}") for name in WEIGHTINGS},
     **{f"confidence_{name}": partial(_confidence, strategy=name) for name in CONFIDENCE_STRATEGIES},
 }

@@ -1,10 +1,11 @@
-"""Where the experts of ``model.moe`` go: beside the feed-forward of chosen layers, or into their linear maps."""
+"""What an encoder gets: experts of ``model.moe`` beside the feed-forward of chosen layers or in their linear maps, and
+layers of the tasks' own."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,12 +16,37 @@ from comoe.models.encoders.families import (
     chosen_of_stacks,
     expert_width,
     family_of,
+    freeze_encoder,
     layers_by_stack,
     layers_of,
 )
+from comoe.models.encoders.own_layers import OwnLayer, give_own_layers
 from comoe.models.moe.block import ContextHolder, CooperativeBlock, GatedBlock
 from comoe.models.moe.lora import LoraGate, LoraLinear, is_linear
 from comoe.models.moe.router import ROUTES
+
+
+def adapt_encoder(
+    encoder: nn.Module, config: ModelConfig, holder: ContextHolder, num_tasks: int
+) -> tuple[list[OwnLayer], list[GatedBlock]]:
+    """Freeze what does not train, give tasks the layers of their own, attach the experts, in place.
+
+    Args:
+        encoder: a model of ``build_encoder``.
+        config: ``model``.
+        holder: its context must be set before the encoder runs.
+        num_tasks: tasks of the model.
+
+    Returns:
+        The tasks' own layers, and what has a gate, in layer order.
+    """
+    # Before the blocks: they train in every layer.
+    freeze_encoder(encoder, trained_layers(config))
+    own = (
+        give_own_layers(encoder, config.own_layers, num_tasks, holder) if config.own_layers else []
+    )
+    more = {"dropout": config.dropout, "own_layers": len(own)}
+    return own, attach_experts(encoder, config.moe, holder, num_tasks, **more)
 
 
 def attach_experts(
@@ -30,10 +56,12 @@ def attach_experts(
     num_tasks: int = 1,
     *,
     dropout: float | None = None,
+    own_layers: int = 0,
 ) -> list[GatedBlock]:
     """Give the chosen layers their experts, in place.
 
-    Where the gate reads tasks, the layers below the first one with experts run once per text.
+    Where the gate reads tasks, or tasks have layers of their own, the layers below the first one with
+    experts, or of a task's own, run once per text.
 
     Args:
         encoder: a model of ``build_encoder``.
@@ -41,15 +69,18 @@ def attach_experts(
         holder: shared by all blocks; its context must be set before the encoder runs.
         num_tasks: tasks of the model.
         dropout: ``model.dropout``.
+        own_layers: ``model.own_layers``, last layers that get no experts.
 
     Returns:
         The blocks in layer order, one per gate.
     """
-    if config.num_experts == 0:
-        return []
-    blocks = FORMS[config.form].attach(encoder, config, holder, num_tasks, dropout)
-    if blocks and ROUTES[config.route_by].task:
-        first = blocks[0].layer
+    counts, blocks = list(map(len, layers_by_stack(encoder))), []
+    counts[0] -= own_layers
+    if config.num_experts:
+        chosen = chosen_of_stacks(config.layers, counts)
+        blocks = FORMS[config.form].attach(encoder, config, chosen, holder, num_tasks, dropout)
+    if own_layers or (blocks and ROUTES[config.route_by].task):
+        first = min([counts[0], *(block.layer for block in blocks[:1])])
         run = list(layers_by_stack(encoder)[0])[first:]
         after_first = family_of(encoder.config.model_type).after_first
         if first == 0 and after_first is not None:
@@ -62,6 +93,7 @@ def attach_experts(
 def _beside(
     encoder: nn.Module,
     config: MoeConfig,
+    chosen: Sequence[int],
     holder: ContextHolder,
     num_tasks: int,
     dropout: float | None,
@@ -72,7 +104,7 @@ def _beside(
     own = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
     blocks = []
     more = {"holder": holder, "dropout": own, "num_tasks": num_tasks}
-    for number in chosen_of_stacks(config.layers, list(map(len, layers_by_stack(encoder)))):
+    for number in chosen:
         block = CooperativeBlock(width, expert_width(config, width), config, layer=number, **more)
         family.attach(layers[number], block)
         blocks.append(block)
@@ -82,19 +114,20 @@ def _beside(
 def _inside(
     encoder: nn.Module,
     config: MoeConfig,
+    chosen: Sequence[int],
     holder: ContextHolder,
     num_tasks: int,
     dropout: float | None,
 ) -> list[GatedBlock]:
     """LoRA experts in the linear maps of each chosen layer, and a gate per layer or per stack."""
     layers, width = layers_of(encoder), encoder.config.hidden_size
-    counts = list(map(len, layers_by_stack(encoder)))
+    of_encoder = len(layers_by_stack(encoder)[0])
     skipped = family_of(encoder.config.model_type).without_experts
     gates: list[LoraGate] = []
-    for number in chosen_of_stacks(config.layers, counts):
-        layer, in_decoder = layers[number], number >= counts[0]
+    for number in chosen:
+        layer, in_decoder = layers[number], number >= of_encoder
         own = SCOPES[config.gate_scope]
-        if own or not gates or in_decoder != (gates[-1].layer >= counts[0]):
+        if own or not gates or in_decoder != (gates[-1].layer >= of_encoder):
             gate = LoraGate(width, config, layer=number, holder=holder, num_tasks=num_tasks)
             layer.block = gate
             layer.register_forward_pre_hook(gate.open, with_kwargs=True)
@@ -133,8 +166,10 @@ def trained_layers(config: ModelConfig) -> int | str:
 class Form:
     """One way to put experts into a model."""
 
-    attach: Callable[[nn.Module, MoeConfig, ContextHolder, int, float | None], list[GatedBlock]]
-    """As ``attach_experts``, of at least one expert."""
+    attach: Callable[
+        [nn.Module, MoeConfig, Sequence[int], ContextHolder, int, float | None], list[GatedBlock]
+    ]
+    """As ``attach_experts``, of at least one expert, with the numbers of the chosen layers."""
     freezes: bool
     """Whether the pre-trained model stays as it is unless the recipe says otherwise."""
     over_ranks: bool

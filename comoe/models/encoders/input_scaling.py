@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
         layers_of(encoder)[0].register_forward_pre_hook(scale_first)
     else:
         encoder.embeddings.register_forward_hook(scale)
+
+
+def note_inputs(layers: Iterable[nn.Module], note: Callable[[Tensor], None]) -> None:
+    """Let layers hand over the states that they read, per text or per row, once in each pass."""
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        note(inputs[0] if inputs else options["hidden_states"])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:

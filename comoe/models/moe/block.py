@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from comoe.config.recipe import MoeConfig
-from comoe.models.encoder_io import FanOut
+from comoe.models.encoder_io import FanOut, TaskRows
 from comoe.models.moe.experts import Experts, GatedFeedForward, sort_routes
 from comoe.models.moe.gate import OWN, dealt_experts, draw
 from comoe.models.moe.router import (
@@ -25,6 +25,20 @@ from comoe.types import Routing
 
 MIXTURE_PATTERN = r".*\.block\.mixture"
 """Matches the module path of each ``ExpertMixture``: what DeepSpeed AutoEP replaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class AutoEPConfig:
+    """The numbers that DeepSpeed reads from ``model.config``; the names are its own."""
+
+    hidden_size: int
+    """Model width M."""
+    num_local_experts: int
+    """Experts per layer E."""
+    num_experts_per_tok: int
+    """Experts per token k."""
+    model_type: str = "comoe"
+    """A name that AutoEP has no preset for."""
 
 
 class ExpertMixture(nn.Module):
@@ -95,6 +109,12 @@ class RoutingContext:
     """Weight of each row's embeddings, None for all 1; only in training."""
     fan_out: FanOut | None = None
     """Which text each row reads, where lower layers run once per text."""
+    task_rows: TaskRows | None = None
+    """Rows by task, where tasks have layers of their own."""
+    inputs: list[Tensor] = field(default_factory=list)
+    """States that layers read which say so (``note_inputs``), filled during the encode."""
+    distances: list[Tensor] = field(default_factory=list)
+    """How far the tasks' own layers are apart, one number each, filled likewise."""
 
 
 def without_tokens(routing: Routing) -> Routing:
@@ -125,6 +145,8 @@ class ContextHolder:
     """``train.seed``, for gates that draw."""
     view: int = 0
     """Number of the pass over the same batch: another one draws anew."""
+    measures_distance: bool = False
+    """Training passes measure how far the tasks' own layers are apart."""
 
 
 class GatedBlock(nn.Module):

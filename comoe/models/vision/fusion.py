@@ -318,11 +318,22 @@ def _written(ids_BL: Tensor, added: int, index_Z: Tensor, real_Z: Tensor) -> Ten
 def build_fusion(
     encoder: nn.Module, tower: Tower | None, config: VisionConfig, *, dropout: float
 ) -> Fusion | None:
-    """How the model reads images; None where it reads none."""
-    single_stream = family_of(encoder.config.model_type).single_stream
+    """How the model reads images; None where it reads none.
+
+    Raises:
+        ValueError: a decoder-only encoder would have to look behind the text.
+    """
+    family = family_of(encoder.config.model_type)
     if tower is None:
-        return SingleStream(encoder) if single_stream else None
-    assert not single_stream, "image_side refuses a tower beside an encoder that reads images"
+        return SingleStream(encoder) if family.single_stream else None
+    assert not family.single_stream, (
+        "image_side refuses a tower beside an encoder that reads images"
+    )
+    if family.causal and FUSIONS[config.fusion].in_encoder:
+        raise ValueError(
+            f"model.vision.fusion ({config.fusion}) puts images behind the text, where a decoder-only model.encoder "
+            "does not look; choose concat, attention or gated."
+        )
     return FUSIONS[config.fusion](encoder, tower.width, dropout=dropout)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comoe.config.recipe import ImageTextConfig
 from comoe.models.encoder_io import Encoding, Texts
 from comoe.models.heads import mean_state
 from comoe.models.vision.fusion import Fusion, Images
@@ -56,6 +57,17 @@ class ImageTextHead(nn.Module):
     def match_logits(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
         """Logits of [another post's text, the image's own] from fused states: (J, 2), float32."""
         return self.match(mean_state(hidden_JLM, mask_JL)).float()
+
+
+def build_image_text_head(
+    config: ImageTextConfig | None, fusion: Fusion | None, text_width: int, projection_width: int
+) -> ImageTextHead | None:
+    """What ``loss.image_text`` trains; None where that is nothing, or no image is read."""
+    if config is None or fusion is None:
+        return None
+    wanted = {"contrast": config.itc_weight > 0, "match": config.itm_weight > 0}
+    head = ImageTextHead(text_width, fusion.image_width, projection_width, **wanted)
+    return head if head.contrasts or head.match is not None else None
 
 
 def image_text_output(

@@ -28,6 +28,7 @@ from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_in_group, join_alone
 from comoe.losses.objective import Objective
 from comoe.models.encoders.families import layers_above
+from comoe.models.encoders.own_layers import OwnLayer
 from comoe.models.encoders.pretrained import split_as_it_loads
 from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 from comoe.train.parallel.autoep import CooperativeRouter, our_classes
@@ -43,11 +44,15 @@ ROUTING_CHILDREN = ("mixture.gate", "task_projection", "gate")
 ADAPTERS = ("lora_A", "lora_B")
 """Weights of a ``LoraLinear``."""
 
+LAYER_WEIGHTS = ".mixture.weights"
+"""End of the name of a ``LayerMixture``'s: logits over layers, as a gate's over experts."""
+
 
 def parameter_group(name: str) -> str:
     """Which learning rate a parameter follows: "encoder", "experts", "router" or "heads", from its path.
 
-    "router" is what makes a gate's logits, the task embedding included. The rest of the blocks and
+    "router" is what makes a gate's logits, the task embedding included, and a head's logits over
+    layers. The rest of the blocks and
     private parts are "experts": all that is new beside or behind the pre-trained layers.
     """
     parts = name.split(".")
@@ -64,6 +69,8 @@ def parameter_group(name: str) -> str:
         return "router" if routes else "experts"
     if parts[-1] in ADAPTERS:
         return "experts"
+    if name.endswith(LAYER_WEIGHTS):
+        return "router"
     return PARAMETER_GROUPS[child]
 
 
@@ -76,6 +83,7 @@ PARAMETER_GROUPS: dict[str, str] = {
     "fusion": "heads",
     "image_text": "heads",
     "private": "experts",
+    "task_attention": "heads",
 }
 """Child of ``MultiTaskModel`` -> group of its parameters."""
 
@@ -173,6 +181,9 @@ def build_deepspeed_engine(
         # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
         for parameter, done in zip(objective.parameters(), split, strict=True):
             parameter.data = parameter.data if done else parameter.data.bfloat16()
+    if objective.model.own_layers and settings["zero_optimization"]["stage"] == 3:
+        # Whole together: what holds the tasks' copies together reads all of them.
+        deepspeed.utils.set_z3_leaf_modules(objective, [OwnLayer])
     with our_classes(recipe.model.moe, len(objective.tasks)):
         engine, _, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=dict(settings)

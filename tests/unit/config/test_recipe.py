@@ -13,7 +13,7 @@ import yaml
 
 from comoe.config.fields import words_of
 from comoe.config.load import recipe_from_dict, recipe_to_dict, type_at
-from comoe.config.recipe import Recipe, TaskConfig
+from comoe.config.recipe import ModelConfig, MoeConfig, Recipe, TaskConfig
 from comoe.config.reference import options, options_markdown, recipe_json_schema
 from comoe.config.validate import (
     BY_ADAPTERS,
@@ -23,7 +23,6 @@ from comoe.config.validate import (
     UNLABELLED,
     validate,
 )
-from comoe.data.collator import ROW_PER_TASK
 from comoe.data.posts import HIDINGS
 from comoe.data.reading.sources import NAMES, READERS
 from comoe.data.sampling.mixing import MIXINGS, by_temperature
@@ -74,7 +73,8 @@ def test_the_words_of_an_option_are_the_keys_of_the_table_that_implements_it(pat
 def test_words_within_lists_and_rules_are_those_of_the_tables_too():
     assert words_of(type_at("data.noise").__args__[0].__args__[0]) == tuple(NOISES)
     assert words_of(type_at("tasks.t.splits").__args__[0]) == tuple(NAMES)
-    assert tuple(ROW_PER_TASK) == tuple(ROUTES)
+    for word, reads in ROUTES.items():
+        assert ModelConfig(moe=MoeConfig(route_by=word)).row_per_task == reads.task
     assert BY_DECODER == tuple(name for name, kind in KINDS.items() if kind.mode == "decoder")
     assert BY_ADAPTERS == tuple(name for name, form in FORMS.items() if form.freezes)
     assert (UNLABELLED,) == tuple(name for name, kind in KINDS.items() if not kind.scored)

@@ -96,10 +96,9 @@ def test_by_token_one_row_has_the_labels_of_all_tasks(mixed):
     assert batch.labels["names"].shape == batch.input_ids_BL.shape
 
 
-@pytest.mark.parametrize("route_by", ["task", "both"])
-def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed, route_by):
+def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed):
     batch, whole = (
-        collator(route_by=by)(mixed, np.array([0, 1, 2, 3])) for by in (route_by, "token")
+        collator(row_per_task=by_task)(mixed, np.array([0, 1, 2, 3])) for by_task in (True, False)
     )
     assert list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True)) == [
         (0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2),
@@ -112,7 +111,7 @@ def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed, ro
 
 
 def test_prediction_by_task_asks_every_task_of_every_post(mixed):
-    batch = collator(route_by="task")(mixed, np.array([3, 0]), all_tasks=True)
+    batch = collator(row_per_task=True)(mixed, np.array([3, 0]), all_tasks=True)
     assert batch.row_ids_B.tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
     assert batch.task_ids_B.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.labels["mood"].tolist() == [IGNORED] * 4 + [1] + [IGNORED] * 3
@@ -121,16 +120,16 @@ def test_prediction_by_task_asks_every_task_of_every_post(mixed):
     assert len(by_token.row_ids_B) == 2 and by_token.text_numbers_B is None
 
 
-@pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])
-def test_no_posts_make_one_short_row_without_labels(mixed, route_by, task_id):
-    made = collator(route_by=route_by)
+@pytest.mark.parametrize(("row_per_task", "task_id"), [(False, -1), (True, 0)])
+def test_no_posts_make_one_short_row_without_labels(mixed, row_per_task, task_id):
+    made = collator(row_per_task=row_per_task)
     batch = made(mixed, np.zeros(0, dtype=np.int64))
     assert (batch.row_ids_B.tolist(), batch.task_ids_B.tolist()) == ([-1], [task_id])
     assert batch.attention_mask_BL.sum() == batch.input_ids_BL.shape[1] == 3
     assert all(not task.rules.labelled(batch.labels[task.name]).any() for task in TASKS)
     # By task a post without labels has none.
     rows = made(mixed, np.array([3])).row_ids_B.tolist()
-    assert rows == ([3] if route_by == "token" else [-1])
+    assert rows == ([-1] if row_per_task else [3])
 
 
 def test_a_second_text_is_the_second_segment_and_has_no_words():

@@ -84,7 +84,7 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
 def test_the_most_rows_of_a_post_are_known_without_making_them(route_by):
-    collator = Collator(TOKENIZER, TASKS, route_by=route_by)
+    collator = Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")
     for asked in (TASKS, TASKS[:1], TASKS[1:]):
         split = collator.encode_texts(TEXTS, pairs=PAIRS, config=CONFIG, asked=asked)
         split.labelled[:, [number for number, task in enumerate(TASKS) if task in asked]] = True
@@ -114,7 +114,7 @@ def test_answers_and_choices_are_the_tokens_of_the_right_words(start):
 
 @pytest.mark.parametrize("route_by", ["task", "both"])
 def test_by_task_every_row_has_its_one_task(route_by):
-    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")
     expected = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
     assert rows_of(collator(split, np.arange(5))) == expected
     # Prediction: heads predict all posts, the decoder those it has a label of and those
@@ -140,7 +140,7 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads_and_heads_alone_
 
 @pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
 def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by, task):
-    batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
+    batch = Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")(split_of(), np.zeros(0, dtype=np.int64))
     assert rows_of(batch) == [(-1, task)] and batch.target_ids_BD.tolist() == [[IGNORED]]
     assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
     assert batch.texts["aspect"] == [None]
@@ -247,7 +247,7 @@ def written_by(
 
 
 def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **options: Any) -> Any:
-    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")
     seen: list[Any] = []
 
     def of(batches: list[list[int]], gather: Any) -> Any:
@@ -363,7 +363,7 @@ def predictor_of(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
         model=model, folder=Path("export"), backend="torch",
     )  # fmt: skip
-    return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
+    return Predictor(exported, Collator(TOKENIZER, tasks, row_per_task=route_by != "token"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])

@@ -84,7 +84,7 @@ def test_missing_and_unseen_values_are_left_out_and_a_filler_row_is_too():
 
 def test_a_post_with_a_row_per_task_counts_once():
     domains = found(["b", "a"])
-    batch = collate(posts(["b", "a"]), domains, [0, 1, 1], route_by="task")
+    batch = collate(posts(["b", "a"]), domains, [0, 1, 1], row_per_task=True)
     assert batch.row_ids_B.tolist() == [0, 1, 1, 1, 1]
     assert batch.domains_B.tolist() == [1, 0, 0, 0, 0]
     # Drawn twice it counts twice, as it does with one row per post.

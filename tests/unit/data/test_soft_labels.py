@@ -55,7 +55,7 @@ def test_a_soft_label_makes_a_row_and_words_find_their_first_pieces(route_by):
     # The teacher has seen two of the three words.
     names = SoftLabels.from_rows([None, np.array([[0.2, 0.8], [0.3, 0.7]]), None], width=2)
     split = with_soft_labels(split, {"mood": mood, "names": names})
-    batch = Collator(tokenizer, TASKS, route_by=route_by)(split, np.array([0, 1, 2]))
+    batch = Collator(tokenizer, TASKS, row_per_task=route_by != "token")(split, np.array([0, 1, 2]))
     served = list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True))
     if route_by == "token":
         assert served == [(0, -1), (1, -1), (2, -1)]

@@ -18,6 +18,7 @@ import torch
 from helpers_export import (
     MOOD,
     TASKS,
+    TOPIC,
     WORDS,
     assert_same,
     export_tiny,
@@ -50,6 +51,14 @@ GATES = {
     "threshold, by task, own experts": moe_config(
         cooperation_threshold=0.5, route_by="task", task_prior="own"
     ),
+}
+
+
+SHARING = {
+    "own layers, mixed layers, attention between tasks": dict(
+        own_layers=1, pooling="layers", task_attention_width=4
+    ),
+    "first token": dict(pooling="first"),
 }
 
 
@@ -94,17 +103,20 @@ def one_of_each_layer(family: str) -> dict:
     )
 
 
-@pytest.mark.parametrize("case", [*sorted(TRACED), *GATES])
+@pytest.mark.parametrize("case", [*sorted(TRACED), *GATES, *SHARING])
 def test_logits_are_those_of_pytorch_whatever_the_shape(case, tmp_path):
     torch.manual_seed(0)
-    moe = GATES.get(case, moe_config(layers="top-1"))
+    moe, more = GATES.get(case, moe_config(layers="top-1")), SHARING.get(case, {})
     config = ModelConfig(
-        dropout=0.0, projection_width=8, moe=moe, private_width=8 * (case in GATES)
+        dropout=0.0, projection_width=8, moe=moe, private_width=8 * (case in GATES), **more
     )
-    encoder = one_of_each_layer("bert" if case in GATES else case)
-    model = build_model(config, (MOOD, WORDS), encoder_config=encoder).eval()
+    encoder = one_of_each_layer("bert" if case in GATES | SHARING else case)
+    if config.own_layers:
+        encoder["num_hidden_layers"] += 1
+    model = build_model(config, (MOOD, WORDS, TOPIC), encoder_config=encoder).eval()
     for name, weight in model.named_parameters():
-        if "norm" in name:  # at the start norms do nothing, which hides a lost one
+        # At the start norms do nothing, which hides a lost one, and copies are alike.
+        if "norm" in name or ".copies." in name or "task_attention" in name or "mixture." in name:
             torch.nn.init.normal_(weight, std=0.5)
     batches = onnx_export.sample_batches(model, 16)
     with torch.inference_mode():

@@ -103,6 +103,23 @@ def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
     assert kept_whole({}) == 1_000_000_000 and kept_whole({live: 10}) == 500_000_000
 
 
+def test_mixtures_of_layers_and_the_distances_of_tied_weights_are_in_the_plan():
+    # Each head's mixture of its 30 tokens.
+    found = [
+        part("activations (rough)", tiny_model(pooling=word)) for word in ("attention", "layers")
+    ]
+    assert found[1] - found[0] == len(TASKS) * 30 * WIDTH * 4
+    # Texts are read once by two layers, and what they read is kept once more for each row.
+    work = Work(tokens=10, layers=3, shared_layers=2, shared_tokens=4, width=8)
+    outer = replace(work, mixing_heads=2, tied=100).outer_bytes(4)
+    assert outer - work.outer_bytes(4) == 10 * 8 * 4 * (2 + 3) + 100 * 4
+    own = tiny_model(own_layers=1)
+    layer = sum(parameter.numel() for parameter in own.own_layers[0].parameters())
+    before = part("activations (rough)", own)
+    own.holder.measures_distance = True
+    assert part("activations (rough)", own) - before == 4 * layer
+
+
 def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward_pass():
     def of(**vision):
         model = seeing_model("tokens", **vision)

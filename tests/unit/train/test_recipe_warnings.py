@@ -63,6 +63,15 @@ def test_the_defaults_need_no_warning():
       r"loss.task_separation_weight is 0.4, without effect: the number of tasks is 1"),
      ({"tasks": {"mood": {"path": "x", "weight": 2.0}}},
       "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it"),
+     ({"loss": {"soft_sharing_weight": 0.1}}, "soft_sharing_weight is 0.1, without effect: model.own_layers is 0"),
+     ({"tasks": {"mood": {"path": "x"}}, "model": {"own_layers": 1}, "loss": {"soft_sharing_weight": 0.1}},
+      "soft_sharing_weight is 0.1, without effect: the number of tasks is 1"),
+     ({"tasks": {"mood": {"path": "x"}, "who": {"path": "y", "kind": "tags"}}, "model": {"task_attention_width": 8}},
+      "task_attention_width is 8, without effect: of the tasks 1 have a head that pools, and it takes two"),
+     ({"model": {"task_attention_width": 8, "pooling": "mean"}},
+      "task_attention_width is 8, but under model.pooling mean all tasks pool the same states"),
+     ({"tasks": {"who": {"path": "y", "kind": "tags"}}, "model": {"pooling": "first"}},
+      "model.pooling is first, without effect: no task has a head that pools"),
      ({"train": {"momentum": 0.9}}, "train.momentum is 0.9, without effect: train.optimizer is adamw")],
 )  # fmt: skip
 def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
@@ -71,6 +80,10 @@ def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, mess
 
 
 def test_options_that_work_are_left_alone():
+    tags = {"who": {"path": "y", "kind": "tags"}}
+    assert warnings_of(tasks=tags, model={"pooling": "layers"}) == []
+    assert warnings_of(model={"pooling": "mean", "private_width": 8, "task_attention_width": 8}) == []
+    assert warnings_of(model={"own_layers": 1}, loss={"soft_sharing_weight": 0.1}) == []
     assert warnings_of(
         model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
         loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1,

@@ -120,7 +120,7 @@ def test_a_row_per_task_lists_an_image_that_is_prepared_once(reader):
     prepared = []
     processor = reader.processor
     reader.processor = lambda image: prepared.append(image) or processor(image)
-    made = collator(reader, route_by="task")
+    made = collator(reader, row_per_task=True)
     batch = made(split_of(made, [None, encoded(noise(0), "PNG")]), np.array([0, 1]), all_tasks=True)
     assert batch.row_ids_B.tolist() == [0, 0, 1, 1] and batch.image_rows_I.tolist() == [2, 3]
     assert batch.image_numbers_I.tolist() == [0, 0] and len(batch.pixels_I3HW) == len(prepared) == 1
@@ -138,7 +138,7 @@ def test_rows_know_their_images_where_some_are_shared_and_some_went_bad(reader):
 
 
 def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader):
-    made = collator(reader, route_by="task")
+    made = collator(reader, row_per_task=True)
     images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
     batch = made(split_of(made, images), np.array([0, 1, 2]))
     assert batch.image_rows_I.tolist() == [0, 1, 4, 5]

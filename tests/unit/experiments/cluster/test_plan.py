@@ -20,7 +20,9 @@ from comoe.experiments.cluster.costs import (
 )
 from comoe.experiments.cluster.plan import alternatives, estimate, fits, plan_lines, recommend
 from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
-from tests.helpers_model import CAUSAL, HF_CONFIGS
+from comoe.tasks.task import Task
+from comoe.train.memory_plan import count_parameters
+from tests.helpers_model import CAUSAL, HF_CONFIGS, moe_config, tiny_model
 
 TINY = PlannedModel(
     layers=2, width=10, ffn_width=40, vocabulary=100, positions=20, tasks=2, outputs=5, projection=8,
@@ -212,6 +214,26 @@ def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path):
                                expert_width=16)  # fmt: skip
     dense = shape_of_recipe(recipe(encoder=str(tmp_path), moe={"num_experts": 0}))
     assert (dense.moe_layers, dense.top_k, dense.expert_parameters) == (0, 0, 0)
+
+
+def test_own_layers_mixtures_and_an_attention_are_counted_as_a_model_has_them(tmp_path):
+    HF_CONFIGS["bert"].save_pretrained(tmp_path)
+    options = {"own_layers": 2, "pooling": "layers", "task_attention_width": 4}
+    more = {"encoder": str(tmp_path), "projection_width": 8, **options}
+    tasks = {name: {"path": "x", "labels": ["a", "b", "c"]} for name in ("mood", "topic", "side")}
+    moe = {"layers": "all", "num_experts": 4, "expert_width": 16}
+    made = recipe_from_dict({"model": more | {"moe": moe}, "tasks": tasks})
+    named = [Task(name, "single_label", ("a", "b", "c"), "macro_f1") for name in tasks]
+    model = tiny_model(moe_config(), tasks=named, **options)
+    found, shape = count_parameters(model, top_k=2), shape_of_recipe(made)
+    assert shape.moe_layers == len(model.moe_layers()) == 1
+    # The library's pooler is left out there.
+    assert shape.dense_parameters == found["dense"]
+    assert shape.active_parameters == found["active"]
+    # By the formulas of BERT, its two segments and 512 positions, the same.
+    formula = shape_of_recipe(made, "3,16,24,60")
+    assert formula.copied_parameters == shape.copied_parameters
+    assert formula.dense_parameters == shape.dense_parameters
 
 
 @pytest.mark.parametrize("text", ["24,1024,4096", "24,1024,4096,many", "0,1024,4096,50265", None])

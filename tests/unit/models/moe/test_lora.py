@@ -230,6 +230,9 @@ def test_adapters_of_a_task_are_one_lora_with_the_same_numbers(tmp_path, options
     trained = replace(other, model_config=replace(other.model_config, train_layers="all"))
     with pytest.raises(ValueError, match="more than LoRA experts and heads was trained"):
         export_adapters(tmp_path / "other", trained)
+    own = replace(other, model_config=replace(other.model_config, own_layers=1))
+    with pytest.raises(ValueError, match="model.own_layers.*are added to the pre-trained model"):
+        export_adapters(tmp_path / "other", own)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -270,6 +273,7 @@ def test_what_no_plain_model_can_say_is_not_merged(tmp_path):
         (dict(PAPER, route_by="both"), {}, "differ from token to token.*without --merged"),
         (dict(form="beside"), {}, "no LoRA experts.*without --merged"),
         (PAPER, dict(private_width=4), "private_width is not 0"),
+        (PAPER, dict(own_layers=1), "own_layers is not 0"),
         (PAPER, dict(family="t5"), "the encoder of a t5 alone"),
     ):
         exported.model = tiny_model(moe_config(**options), **more)

@@ -96,6 +96,21 @@ def test_a_picture_of_several_rows_goes_through_the_tower_once_and_counts_for_ea
 
 
 @pytest.mark.parametrize("fusion", FUSED)
+def test_own_layers_that_are_alike_change_nothing_of_texts_with_pictures(fusion):
+    def outputs(**sharing):
+        sharing |= {"pooling": "layers", "task_attention_width": 4}
+        moe = moe_config(layers=[0])
+        return seeing_model(fusion, moe=moe, image_text=BOTH, sharing=sharing)(seeing_batch())
+
+    plain, own = outputs(), outputs(own_layers=2)
+    torch.testing.assert_close(own.logits, plain.logits, atol=1e-6, rtol=1e-5)
+    ours, theirs = own.image_text, plain.image_text
+    texts = tuple(text.roll(1, dims=0) for text in ours.texts)
+    alike = theirs.match(tuple(text.roll(1, dims=0) for text in theirs.texts), torch.arange(4))
+    torch.testing.assert_close(ours.match(texts, torch.arange(4)), alike, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSED)
 @pytest.mark.parametrize("route_image_tokens", [False, True])
 def test_an_answer_does_not_depend_on_the_other_posts_of_the_batch(fusion, route_image_tokens):
     model = seeing_model(fusion, route_image_tokens=route_image_tokens).eval()
