@@ -12,6 +12,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     CamembertConfig,
+    CLIPTextConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    SiglipTextConfig,
     T5Config,
     UMT5Config,
     XLMRobertaConfig,
@@ -109,8 +111,16 @@ HF_CONFIGS = {
         sep_token_id=2,
     ),
 }
-"""A small random-weight encoder of each family in ``FAMILIES``; the DeBERTa is like the published
+"""A small random-weight encoder of each family in ``FAMILIES`` of text; the DeBERTa is like the published
 v3 ones."""
+TEXT_HALF = BERT_LIKE | dict(
+    max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1
+)
+HALVES = {
+    "clip_text_model": CLIPTextConfig(**TEXT_HALF),
+    "siglip_text_model": SiglipTextConfig(**TEXT_HALF, projection_size=8),
+}
+"""Text halves of models of two sides."""
 VARIANTS = {
     "deberta-v2 with a convolution": DebertaV2Config(
         **BERT_LIKE, **DISENTANGLED, conv_kernel_size=3, conv_act="gelu"
@@ -147,7 +157,7 @@ def tiny_model(
     config = ModelConfig(
         dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options
     )
-    encoder_config = (HF_CONFIGS | VARIANTS)[family].to_dict()
+    encoder_config = (HF_CONFIGS | VARIANTS | HALVES)[family].to_dict()
     return build_model(config, tasks, encoder_config=encoder_config, recompute=recompute)
 
 

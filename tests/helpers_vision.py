@@ -26,7 +26,15 @@ from comoe.config.recipe import ImageTextConfig, ModelConfig, VisionConfig
 from comoe.models.build import build_model
 from comoe.models.model import MultiTaskModel
 from comoe.types import Batch
-from tests.helpers_model import BERT_LIKE, HF_CONFIGS, TASKS, VARIANTS, moe_config, random_batch
+from tests.helpers_model import (
+    BERT_LIKE,
+    HALVES,
+    HF_CONFIGS,
+    TASKS,
+    VARIANTS,
+    moe_config,
+    random_batch,
+)
 
 SIDE = 16
 SEEING = dict(
@@ -92,7 +100,7 @@ def seeing_model(
     return build_model(
         config,
         tasks,
-        encoder_config=(VILT if alone else (HF_CONFIGS | VARIANTS)[family]).to_dict(),
+        encoder_config=(VILT if alone else (HF_CONFIGS | VARIANTS | HALVES)[family]).to_dict(),
         tower_config=None if alone else tower_config(tower),
         image_text=image_text,
         recompute=recompute,

@@ -165,7 +165,8 @@ class ModelConfig:
     """Folder, hub name, ``kit:minilm`` (the starter kit), ``kit:mpnet`` (all-mpnet-base-v2, five
     times larger), ``kit:chinese_encoder`` (m3e-small, not for commercial use) or ``smoke:encoder``
     (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random); decoder-only
-    ``kit:smollm2`` (SmolLM2-135M-Instruct) and ``smoke:llama`` (tiny, random)."""
+    ``kit:smollm2`` (SmolLM2-135M-Instruct) and ``smoke:llama`` (tiny, random); of both sides
+    ``smoke:vilt`` (tiny, random). Of a CLIP or SigLIP the text half is taken."""
     trust_remote_code: Flag = False
     """Let the repositories of encoder and vision tower run their own Python code; counts on the
     command line alone, also for a dry run."""
@@ -268,6 +269,10 @@ class ImageTextConfig:
     """Image-text matching: is this the image's own text; 0 switches it off."""
     temperature: Temperature = option(0.07, read_when="images are read")
     """Where the learned temperature of the contrast starts, at least 0.01."""
+    separate_passes: Flag = option(False, read_when="images are read")
+    """In an encoder of one stream (ViLT), which has no two sides to compare, make them by two more
+    passes of the encoder, of each text alone and of each image alone; false leaves the contrast out
+    there."""
     negatives: Literal["hard", "random"] = option("hard", read_when="images are read")
     """Which other post's text replaces the own one in half of the pairs: hard (drawn by similarity)
     or random."""
@@ -470,7 +475,7 @@ class DataConfig:
     root: Text | None = None
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the
     starter kit, ``kit:chinese_posts`` its Chinese part; ``smoke:posts``, ``smoke:tacl_posts``,
-    ``smoke:drawn_posts`` and ``smoke:implied_posts`` are generated."""
+    ``smoke:drawn_posts``, ``smoke:related_posts`` and ``smoke:implied_posts`` are generated."""
     max_length: Annotated[Whole, Ge(4), at_most(1_000_000)] = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: Count | None = None
@@ -564,11 +569,24 @@ class TaskConfig:
     means label_words."""
     format: Annotated[
         Literal[
-            "auto", "tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "label_studio", "hub"
+            "auto",
+            "tweeteval",
+            "jsonl",
+            "csv",
+            "tsv",
+            "parquet",
+            "txt",
+            "label_studio",
+            "hub",
+            "mvsa",
+            "msd",
+            "mmhs150k",
+            "text_image",
         ],
         READER_TABLE,
     ] = "auto"
-    """Of the files; auto looks at the path."""
+    """Of the files; auto looks at the path. mvsa, msd, mmhs150k and text_image are folders of public
+    sets of posts with images, as their authors give them."""
     subset: Text | None = None
     """Configuration name of a hub data set."""
     splits: dict[Literal["train", "validation", "test"], Text] = field(default_factory=dict)

@@ -195,7 +195,7 @@ def _parse(
             report=report,
         )
         if reader is not None and column is not None:
-            posts = reader.read(posts, column=column)
+            posts = reader.read(posts, column=column, folder=raw.image_folder)
         else:
             posts = [replace(post, image=None) for post in posts]
         if cuts_all_posts(recipe):

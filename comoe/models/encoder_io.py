@@ -98,6 +98,12 @@ class Texts:
         own = (self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows])
         return Texts(*own, weights, numbers, draws)
 
+    def beginning(self) -> Texts:
+        """The first token of each, which with encoders is a sign that all texts begin with."""
+        segments = None if self.segments_BL is None else self.segments_BL[:, :1]
+        first = (self.ids_BL[:, :1], self.mask_BL[:, :1], segments, self.tasks_B)
+        return Texts(*first, self.weights_B, None, self.draws_B)
+
     def distinct(self) -> tuple[Texts, FanOut | None]:
         """Each text once, and which one each row has; themselves and None where each has its own.
 

@@ -26,6 +26,7 @@ from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
 from comoe.starter.kit import CHINESE_POSTS, Say, build_chinese_encoder, build_encoder, build_posts
 from comoe.starter.mpnet import build_mpnet
+from comoe.starter.related_posts import build_related_posts
 from comoe.starter.smollm2 import build_smollm2
 from comoe.starter.synthetic_images import build_drawn_posts
 from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
@@ -34,6 +35,7 @@ from comoe.starter.tiny_models import (
     build_smoke_encoder,
     build_smoke_llama,
     build_smoke_t5,
+    build_smoke_vilt,
     build_smoke_vision,
 )
 
@@ -230,6 +232,8 @@ FOLDERS: dict[str, tuple[str, Build]] = {
         "smoke-1/tacl_posts", lambda folder, **_: build_generated_posts(folder, generators=TACL_GENERATORS),
     ),
     "smoke:vision": ("smoke-2/vision", lambda folder, **_: build_smoke_vision(folder)),
+    "smoke:vilt": ("smoke-4/vilt", lambda folder, **_: build_smoke_vilt(folder)),
+    "smoke:related_posts": ("smoke-4/related_posts", lambda folder, **_: build_related_posts(folder)),
     "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
     "smoke:implied_posts": ("smoke-3/implied_posts", lambda folder, **_: build_implied_posts(folder)),
 }  # fmt: skip
@@ -245,11 +249,12 @@ it."""
 READY_MADE = {
     "model.encoder": (
         "kit:minilm", "kit:mpnet", "kit:chinese_encoder", "kit:smollm2", "smoke:encoder", "smoke:t5", "smoke:bart",
-        "smoke:llama",
+        "smoke:llama", "smoke:vilt",
     ),
     "model.vision.tower": ("smoke:vision",),
     "data.root": (
         "kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts", "smoke:implied_posts",
+        "smoke:related_posts",
     ),
     "--model": ("kit:smollm2", "smoke:t5", "smoke:bart"),
 }  # fmt: skip

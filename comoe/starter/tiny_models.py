@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,23 @@ def build_smoke_encoder(folder: Path) -> None:
     BertTokenizerFast.from_pretrained(folder, model_max_length=160).save_pretrained(folder)
 
 
+def build_smoke_vilt(folder: Path) -> None:
+    """A tiny random ViLT (4 layers, width 64, 36 patches of an image) with the words of ``smoke:encoder``."""
+    from transformers import BertTokenizerFast, ViltConfig, ViltModel, ViTImageProcessorPil
+
+    words = vocabulary()
+    config = ViltConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=160, image_size=DRAWN_SIZE, patch_size=8, architectures=["ViltModel"],
+    )  # fmt: skip
+    _save(partial(ViltModel, add_pooling_layer=False), config, folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizerFast.from_pretrained(folder, model_max_length=160).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": DRAWN_SIZE, "width": DRAWN_SIZE}).save_pretrained(folder)
+
+
 def build_smoke_vision(folder: Path) -> None:
-    """A tiny ResNet with random weights (3 stages, 36 image tokens of width 64) for images of 48 x 48 pixels."""
+    """A tiny ResNet with random weights (3 stages, 9 image tokens of width 64) for images of 48 x 48 pixels."""
     import torch
     from safetensors.torch import save_file
     from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil

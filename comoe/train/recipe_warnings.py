@@ -15,6 +15,7 @@ from comoe.models.encoders.families import FAMILIES
 from comoe.models.heads import POOLINGS
 from comoe.models.moe.gate import GATES
 from comoe.models.vision.fusion import FUSIONS
+from comoe.starter.registry import FOLDERS, home
 from comoe.tasks.kinds.registry import KINDS
 
 
@@ -154,17 +155,25 @@ def _image_text(recipe: Recipe) -> Iterator[str]:
         recipe.model.vision.fusion,
     )
     alone = _is_single_stream(encoder)
-    if alone and losses.itc_weight:
-        why = f"model.encoder ({encoder}) reads both sides in one stream, so none are there to compare"
+    contrasts = losses.itc_weight > 0 and (losses.separate_passes or not alone)
+    if alone and losses.itc_weight and not contrasts:
+        why = (
+            f"model.encoder ({encoder}) reads both sides in one stream, so none are there to compare; "
+            "loss.image_text.separate_passes=true makes them"
+        )
         yield _in_vain("loss.image_text.itc_weight", losses.itc_weight, why)
-    if losses.itm_weight and HARD[losses.negatives] and (alone or not losses.itc_weight):
+    if losses.separate_passes and not (alone and losses.itc_weight):
+        why = "only the contrast of an encoder of one stream (ViLT) needs it"
+        yield _in_vain("loss.image_text.separate_passes", True, why)
+    if losses.itm_weight and HARD[losses.negatives] and not contrasts:
         why = "without the contrast nothing says which texts are similar; random ones are taken"
         yield _in_vain("loss.image_text.negatives", losses.negatives, why)
     reads = f"under model.encoder ({encoder})" if alone else f"under model.vision.fusion {fusion}"
-    if losses.itc_weight and not alone and FUSIONS[fusion].in_encoder:
+    if contrasts and (alone or FUSIONS[fusion].in_encoder):
         price = (
             "the encoder reads images too, so each text with an image takes a second pass, alone"
         )
+        price += ", and its image a third" if alone else ""
         yield f"loss.image_text.itc_weight is {losses.itc_weight}: {reads} {price}."
     if losses.itm_weight and (alone or FUSIONS[fusion].in_encoder):
         price = "about half of the posts with images take one more pass of the encoder, with another post's text"
@@ -176,8 +185,10 @@ def _reads_images(recipe: Recipe) -> bool:
 
 
 def _is_single_stream(encoder: str) -> bool:
-    """True for the folder of a model of both sides; what lies elsewhere is not fetched for a warning."""
-    path = Path(encoder).expanduser() / "config.json"
+    """True for the folder, or the ready-made name, of a model of both sides; what lies elsewhere is not
+    fetched for a warning."""
+    folder = home() / FOLDERS[encoder][0] if encoder in FOLDERS else Path(encoder).expanduser()
+    path = folder / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):

@@ -47,24 +47,22 @@ def losses_and_gradients(rows, fusion, options):
     from tests.helpers_model import moe_config
     from tests.helpers_vision import seeing_model
 
-    config = ImageTextConfig(itm_weight=0.5)
+    config = ImageTextConfig(itm_weight=0.5, separate_passes=True)
     model = seeing_model(
         fusion, image_text=config, train_tower=True, moe=moe_config(**options)
     ).double()
     itm = ITMLoss(config, seed=7)
-    itc = ITCLoss(config).double() if model.image_text.contrasts else None
+    itc = ITCLoss(config).double()
     batch = share_of(rows)
     output = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.double()))
     total, terms = itm(output, batch)
-    if itc is not None:
-        value, more = itc(output, batch)
-        total, terms = total + value, terms | more
+    value, more = itc(output, batch)
+    total, terms = total + value, terms | more
     total.backward()
     numbers = {name: value.double() for name, value in terms.items()}
-    modules = [model] if itc is None else [model, itc]
     numbers |= {
         name: weight.grad
-        for module in modules
+        for module in (model, itc)
         for name, weight in module.named_parameters()
         if weight.grad is not None and not name.startswith(("heads", "projection"))
     }

@@ -39,6 +39,7 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     [
         "absa",
         "airline",
+        "image_posts",
         "social",
         "social_all",
         "stein_keller",
@@ -53,7 +54,7 @@ def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: st
     of_hub = [task for task in recipe.tasks.values() if task.format == "hub"]
     assert of_hub
     for task in of_hub:
-        assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
+        assert re.fullmatch(r"[\w-]+/[\w.-]+", task.path) and task.splits == {} and not task.slices
 
 
 def recipe_file(stem: str) -> Path:
@@ -69,7 +70,7 @@ def head_commands(stem: str) -> list[list[str]]:
 
 
 def test_recipes_for_real_posts_stop_early() -> None:
-    generated = ["image_text", "implicit_smoke", "lora_smoke", "smoke"]
+    generated = ["image_relations", "image_text", "implicit_smoke", "lora_smoke", "smoke"]
     never = [path.stem for path in CONFIGS if not load_recipe(path).train.patience]
     assert sorted(never) == generated
 

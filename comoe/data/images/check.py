@@ -171,8 +171,13 @@ class ImageReader:
         self.report = report
         self._how = HowToCheck(limits_of(config), cache_dir, progress, advice)
 
-    def read(self, posts: Sequence[Post], *, column: str) -> list[Post]:
+    def read(self, posts: Sequence[Post], *, column: str, folder: str | None = None) -> list[Post]:
         """The posts of a file that stay under ``data.on_bad_image``, with their images located.
+
+        Args:
+            posts: of one file.
+            column: with the image.
+            folder: where paths start without ``data.image_root``; None: where the file is.
 
         Raises:
             ValueError: no post stays.
@@ -185,7 +190,7 @@ class ImageReader:
             file=file,
             lines=[post.line for post in posts],
             column=column,
-            root=Path(file).parent if root is None else Path(root).expanduser(),
+            root=Path(root or folder or Path(file).parent).expanduser(),
             how=self._how,
         )
         if found.animated:

@@ -44,6 +44,8 @@ class RawSplit:
     """What to tell of rows that take several lines; empty where there are none."""
     notes: tuple[str, ...] = ()
     """What the user should be told of the file."""
+    image_folder: str | None = None
+    """Folder that paths of images start from; None: that of the file."""
 
 
 Row = dict[str, Any]

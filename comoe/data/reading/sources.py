@@ -19,6 +19,7 @@ from comoe.data.reading.files import (
     text_rows,
     tsv_rows,
 )
+from comoe.data.reading.image_posts import LAYOUTS
 from comoe.data.reading.label_studio import read_label_studio
 from comoe.data.reading.tables import class_names, load_hub, named_rows, read_parquet
 from comoe.data.reading.tweeteval import read_mapping, read_tweeteval
@@ -322,6 +323,22 @@ def _text_reader(format: str) -> Callable[[Source, str], RawSplit | None]:
     return _file_reader(endings, partial(read_whole, read=TEXT_ROWS[format]))
 
 
+def _layout_reader(
+    read: Callable[[str, Path, str, str | None], RawSplit | None],
+) -> Callable[[Source, str], RawSplit | None]:
+    """Reader of a public set's folder."""
+
+    def reader(source: Source, split: str) -> RawSplit | None:
+        folder, option = Path(source.path), f"{source.key}.path"
+        if not folder.is_dir():
+            raise ValueError(
+                f"{option} ({folder}) is not a folder; format {source.format} wants the set's."
+            )
+        return read(option, folder, split, source.splits.get(split))
+
+    return reader
+
+
 READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "tweeteval": _read_tweeteval,
     "jsonl": _text_reader("jsonl"),
@@ -331,5 +348,6 @@ READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "txt": _text_reader("txt"),
     "label_studio": _read_label_studio,
     "hub": _read_hub,
+    **{format: _layout_reader(read) for format, read in LAYOUTS.items()},
 }
 """Format -> reader of one split, None where the data set lacks it."""

@@ -20,6 +20,7 @@ from comoe.config.recipe import Recipe, TaskConfig
 from comoe.models.encoders.attach import FORMS, attach_experts, trained_layers
 from comoe.models.encoders.families import (
     FAMILIES,
+    TWO_SIDED,
     chosen_layers,
     expert_width,
     freeze_encoder,
@@ -169,7 +170,7 @@ def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> Planned
     else:
         folder = _folder_of(recipe.model.encoder)
         config: Mapping[str, Any] = read_json(folder / "config.json")
-        if config.get("model_type") in FAMILIES:
+        if config.get("model_type") in (*FAMILIES, *TWO_SIDED):
             return _counted_shape(recipe, folder)
         layers, width, ffn_width, vocabulary, positions = _sizes(folder / "config.json", config)
     if moe.num_experts and not FORMS[moe.form].over_ranks:

@@ -17,6 +17,7 @@ from comoe.models.encoders.families import (
     check_alike,
     family_of,
     keep_layers,
+    text_half,
 )
 from comoe.models.encoders.pretrained import (
     ENCODER,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import transformers
 else:
     transformers = Deferred("transformers")
+
 
 ANSWERING = "comoe_answering"
 """Field of a whole encoder-decoder's configuration with what its texts depend on beside its
@@ -50,8 +52,8 @@ ends. How it is searched for is the recipe's (``num_beams``, ``max_answer_length
 
 def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler; of an
-    encoder-decoder the encoder alone. ``model.keep_layers`` chooses layers, ``model.random_width``
-    begins with random weights.
+    encoder-decoder the encoder alone, of a CLIP or SigLIP the text half. ``model.keep_layers``
+    chooses layers, ``model.random_width`` begins with random weights.
 
     Args:
         config: ``model``.
@@ -68,6 +70,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
             return _from_name(config, generates=generates)
 
     def prepare(hf_config: Any) -> tuple[Any, dict[str, Any]]:
+        hf_config = text_half(hf_config)
         arguments = _prepared(hf_config, config.dropout)
         _check_decoder(config.encoder, hf_config.model_type, generates=generates)
         return hf_config, arguments
@@ -119,11 +122,17 @@ def _auto_class(family: Family, *, generates: bool) -> Any:
             if family.causal
             else transformers.AutoModelForSeq2SeqLM
         )
+    # It does not know SigLIP's text half.
+    transformers.AutoModel.register(
+        transformers.SiglipTextConfig, transformers.SiglipTextModel, exist_ok=True
+    )
     return transformers.AutoModelForTextEncoding if family.encoder_alone else transformers.AutoModel
 
 
 def _alone(model: nn.Module) -> nn.Module:
     family = family_of(model.config.model_type)
+    for path in family.unread:
+        setattr(model, path, nn.Identity())
     return model.get_encoder() if family.stacks and not family.causal else model
 
 
@@ -197,6 +206,7 @@ def _from_name(config: ModelConfig, *, generates: bool) -> nn.Module:
     source, hf_config = read_config(
         config.encoder, ENCODER, trust_remote_code=config.trust_remote_code
     )
+    hf_config = text_half(hf_config)
     _check_decoder(config.encoder, hf_config.model_type, generates=generates)
     if config.random_width is not None:
         _set_width(hf_config, config.random_width)

@@ -74,6 +74,10 @@ class Family:
     experts: they read more than the layer's own tokens."""
     alike: bool = True
     """True where all layers of the only stack are alike, so that any of them make an encoder."""
+    reads_embeddings: bool = True
+    """True where the forward takes word embeddings in place of ids."""
+    unread: tuple[str, ...] = ()
+    """Names of modules whose output nothing reads, and which would get no gradient: they are left out."""
 
 
 def family_of(model_type: str) -> Family:
@@ -81,6 +85,11 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise unknown_name("model.encoder: the encoder's model_type", model_type, FAMILIES)
     return FAMILIES[model_type]
+
+
+def text_half(hf_config: Any) -> Any:
+    """Of the configuration of a model of two sides that of its text half; any other as it is."""
+    return hf_config.text_config if hf_config.model_type in TWO_SIDED else hf_config
 
 
 def is_whole(encoder: nn.Module) -> bool:
@@ -363,6 +372,17 @@ _LLAMA = Family(
 )
 
 
+_CLIP = Family(
+    layers="encoder.layers",
+    attach=wrap("mlp", BesideFeedForward),
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    after_layers=("final_layer_norm",),
+    reads_embeddings=False,
+)
+
+
 FAMILIES: dict[str, Family] = {
     "bert": Family(),
     "roberta": Family(first_position=2),
@@ -396,6 +416,9 @@ FAMILIES: dict[str, Family] = {
     ),
     # A layer before its norm: the block brings a norm of its own.
     "vilt": Family(after_layers=("layernorm",), single_stream=True),
+    # The text halves of models of two sides; CLIP's tokens see those before them.
+    "clip_text_model": _CLIP,
+    "siglip_text_model": replace(_CLIP, unread=("head",)),
     # Encoder-decoders. Their layers drop out the sum of feed-forward and block themselves.
     "t5": _T5,
     "mt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales=None)),
@@ -419,3 +442,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """Hugging Face ``model_type`` -> family."""
+
+
+TWO_SIDED = ("clip", "siglip")
+"""``model_type`` of models of a text and a vision half; either half is a model of its own."""

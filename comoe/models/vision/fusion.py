@@ -41,6 +41,10 @@ class Images:
             self.tokens[numbers_J], torch.arange(len(numbers_J), device=self.rows_I.device)
         )
 
+    def without(self) -> Images:
+        """A blank one in their place."""
+        return Images(self.tokens[:1], self.rows_I.new_full((1,), -1))
+
 
 class ImageProjection(nn.Module):
     """Image tokens in the width of text: norm (towers differ in scale), then a linear layer."""
@@ -257,6 +261,11 @@ class ImageTokens(Fusion):
 
     def __init__(self, encoder: nn.Module, image_width: int, *, dropout: float) -> None:
         super().__init__()
+        if not family_of(encoder.config.model_type).reads_embeddings:
+            raise ValueError(
+                f"model.vision.fusion: tokens puts image tokens among the words, but model.encoder, a "
+                f"{encoder.config.model_type}, reads word ids alone; choose concat, attention or gated."
+            )
         # Not a child: the encoder's weights have their own place in the model.
         self._words: Callable[[], nn.Module] = encoder.get_input_embeddings
         self.limit = longest_input(encoder.config)

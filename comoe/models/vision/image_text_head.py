@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ class ImageTextHead(nn.Module):
 
     Args:
         text_width: M of the text encoder.
-        image_width: width of projected image tokens; None where one stream reads both sides, which
-            has no space of two.
+        image_width: width of the image's states; None where one stream reads both sides and no
+            passes of either side alone are made for it: there is no space of two then.
         projection_width: P.
         contrast: build the projections.
         match: build the classifier.
@@ -49,7 +50,7 @@ class ImageTextHead(nn.Module):
     def embed(
         self, hidden_ILM: Tensor, mask_IL: Tensor, image_IRM: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Unit-length projections, float32, of the mean states of texts alone and of the mean image tokens."""
+        """Unit-length projections, float32, of the mean states of texts alone and of images alone."""
         text_IP = self.text(mean_state(hidden_ILM, mask_IL))
         image_IP = self.image(image_IRM.mean(dim=1))
         return F.normalize(text_IP.float(), dim=1), F.normalize(image_IP.float(), dim=1)
@@ -66,7 +67,10 @@ def build_image_text_head(
     if config is None or fusion is None:
         return None
     wanted = {"contrast": config.itc_weight > 0, "match": config.itm_weight > 0}
-    head = ImageTextHead(text_width, fusion.image_width, projection_width, **wanted)
+    image_width = fusion.image_width
+    if image_width is None and config.separate_passes:
+        image_width = text_width
+    head = ImageTextHead(text_width, image_width, projection_width, **wanted)
     return head if head.contrasts or head.match is not None else None
 
 
@@ -90,9 +94,19 @@ def image_text_output(
     own = texts.take(rows_I)
     text_IP = image_IP = logits_I2 = None
     if head.contrasts:
+        image_IRM = images.tokens
         # Where the encoder reads the image too, the text alone takes a pass of its own.
-        alone_ILM = encode(own, None).states_BLM if in_encoder else encoding.states_BLM[rows_I]
-        text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, images.tokens)
+        if not in_encoder:
+            alone_ILM = encoding.states_BLM[rows_I]
+        elif fusion.image_width is not None:
+            alone_ILM = encode(own, None).states_BLM
+        else:
+            # One stream: each side alone. The image's text is the sign that begins every text, so
+            # the passes have something to read whatever the rank's posts are.
+            alone_ILM = encode(own, images.without()).states_BLM
+            numbers_I = torch.arange(len(rows_I), device=rows_I.device)
+            image_IRM = encode(own.beginning(), images.take(numbers_I)).whole_BNM[:, 1:]
+        text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, image_IRM)
     if head.match is not None:
         logits_I2 = head.match_logits(encoding.fused_BLM[rows_I], own.mask_BL)
     if in_encoder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import ModelConfig, VisionConfig
@@ -38,6 +40,9 @@ class Tower(nn.Module):
         for name, parameter in inner.named_parameters():
             # What stands for hidden patches in pre-training is never read here.
             parameter.requires_grad_(train and not name.endswith("mask_token"))
+        for module in inner.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.forward = partial(_normalize, module)
         self.width = tower_width(inner.config)
         self.train(self.training)
 
@@ -65,6 +70,14 @@ class Tower(nn.Module):
                 # Nobody reads it, but what makes it must get a gradient on every rank.
                 tokens = tokens + 0.0 * pooled.sum()
             return tokens
+
+
+def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """Batch norm by its running statistics, which stay float32 where the weights are bfloat16: PyTorch
+    refuses the mixture on a CPU."""
+    dtype = torch.promote_types(x.dtype, norm.running_mean.dtype)
+    numbers = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return F.batch_norm(*[number.to(dtype) for number in numbers], eps=norm.eps).to(x.dtype)
 
 
 def tower_width(hf_config: Any) -> int:

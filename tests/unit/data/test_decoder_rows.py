@@ -140,7 +140,9 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads_and_heads_alone_
 
 @pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
 def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by, task):
-    batch = Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")(split_of(), np.zeros(0, dtype=np.int64))
+    batch = Collator(TOKENIZER, TASKS, row_per_task=route_by != "token")(
+        split_of(), np.zeros(0, dtype=np.int64)
+    )
     assert rows_of(batch) == [(-1, task)] and batch.target_ids_BD.tolist() == [[IGNORED]]
     assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
     assert batch.texts["aspect"] == [None]
@@ -363,7 +365,9 @@ def predictor_of(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
         model=model, folder=Path("export"), backend="torch",
     )  # fmt: skip
-    return Predictor(exported, Collator(TOKENIZER, tasks, row_per_task=route_by != "token"), torch.device("cpu"))
+    return Predictor(
+        exported, Collator(TOKENIZER, tasks, row_per_task=route_by != "token"), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])

@@ -43,12 +43,15 @@ def test_the_tasks_get_what_the_image_text_terms_leave_of_one(itc, itm, names):
     # One stream compares no two sides: the contrast's share goes to the tasks.
     one_stream = objective_of("vilt", ImageTextConfig())
     assert list(one_stream.terms) == ["itm"] and one_stream.task_share == 0.9
+    apart = objective_of("vilt", ImageTextConfig(separate_passes=True))
+    assert list(apart.terms) == ["itc", "itm"] and apart.task_share == 0.8
 
 
 @pytest.mark.parametrize("fusion", ["attention", "tokens", "vilt"])
 def test_the_cache_repeats_both_sides_and_their_dropout(fusion):
     contrastive = ContrastiveConfig(weight=0.5, chunk_size=3)
-    objective = objective_of(fusion, ImageTextConfig(), contrastive=contrastive, dropout=0.3)
+    image_text = ImageTextConfig(separate_passes=True)
+    objective = objective_of(fusion, image_text, contrastive=contrastive, dropout=0.3)
     batches = [
         scaled(replace(seeing_batch(seed=seed, tasks=CONTRASTED), step=2)) for seed in (0, 1)
     ]

@@ -8,7 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from comoe.config.recipe import ModelConfig
+from comoe.data.images.pixels import load_image_processor
 from comoe.data.tokens.vocabulary import load_tokenizer
+from comoe.models.encoders.build import build_encoder
+from comoe.models.vision.tower import image_side
 from comoe.starter.implied_posts import (
     ASPECTS,
     OPINIONS,
@@ -17,10 +21,17 @@ from comoe.starter.implied_posts import (
     plan_implied_posts,
 )
 from comoe.starter.synthetic_text import GENERATORS, generate, vocabulary
-from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5
+from comoe.starter.tiny_models import (
+    build_smoke_bart,
+    build_smoke_encoder,
+    build_smoke_t5,
+    build_smoke_vilt,
+)
 
 DECODERS = ("t5", "bart")
-BUILDS = {"t5": build_smoke_t5, "bart": build_smoke_bart, "bert": build_smoke_encoder}
+BUILDS = {
+    "t5": build_smoke_t5, "bart": build_smoke_bart, "bert": build_smoke_encoder, "vilt": build_smoke_vilt,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,15 @@ def test_a_tiny_model_is_the_same_each_time_and_leaves_random_numbers_alone(
         (folder / "model.safetensors").read_bytes() for folder in (folders[name], tmp_path)
     )
     assert first == second and len(first) < 2_000_000
+
+
+def test_a_tiny_vilt_reads_text_and_drawn_images_by_itself(folders):
+    folder = str(folders["vilt"])
+    config = ModelConfig(encoder=folder)
+    assert image_side(config) == folder and load_image_processor(folder).shape == (3, 48, 48)
+    encoder = build_encoder(config)
+    assert encoder.pooler is None and encoder.config.hidden_size == 64
+    assert load_tokenizer(folder).get_vocab() == load_tokenizer(str(folders["bert"])).get_vocab()
 
 
 @pytest.mark.parametrize("name", DECODERS)

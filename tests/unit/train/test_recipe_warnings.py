@@ -8,6 +8,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.validate import validate
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.moe.gate import GATES
+from comoe.starter.registry import prepare
 from comoe.train.recipe_warnings import recipe_warnings
 
 
@@ -82,7 +83,9 @@ def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, mess
 def test_options_that_work_are_left_alone():
     tags = {"who": {"path": "y", "kind": "tags"}}
     assert warnings_of(tasks=tags, model={"pooling": "layers"}) == []
-    assert warnings_of(model={"pooling": "mean", "private_width": 8, "task_attention_width": 8}) == []
+    assert (
+        warnings_of(model={"pooling": "mean", "private_width": 8, "task_attention_width": 8}) == []
+    )
     assert warnings_of(model={"own_layers": 1}, loss={"soft_sharing_weight": 0.1}) == []
     assert warnings_of(
         model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
@@ -174,6 +177,17 @@ def test_a_tower_without_images_and_sides_hidden_from_nobody():
     )
 
 
+def test_a_ready_made_encoder_of_one_stream_reads_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOE_HOME", str(tmp_path))
+    prepare(["smoke:vilt"], progress=False)
+    losses = {"separate_passes": True, "negatives": "random"}
+    found = warnings_of(model={"encoder": "smoke:vilt"}, loss={"image_text": losses}, tasks=_PHOTO)
+    assert len(found) == 2 and not any("without effect" in text for text in found)
+
+
+_PHOTO = {"mood": {"path": "mood.csv", "image": "photo"}}
+
+
 def test_one_stream_has_no_two_sides_to_compare(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
     found = warnings_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
@@ -184,3 +198,11 @@ def test_one_stream_has_no_two_sides_to_compare(tmp_path):
         "one more pass",
     ]
     assert len(found) == 4 and all(map(re.search, patterns, found))
+    losses = {"separate_passes": True}
+    found = warnings_of(model={"encoder": str(tmp_path)}, loss={"image_text": losses})
+    patterns = ["itc_weight is 0.1: .* second pass, alone, and its image a third", "one more pass"]
+    assert len(found) == 2 and all(map(re.search, patterns, found))
+    off = losses | {"itc_weight": 0, "itm_weight": 0}
+    for given in ({"encoder": str(tmp_path)}, {"vision": {"tower": "a/b"}}):
+        found = warnings_of(model=given, loss={"image_text": off}, tasks=_PHOTO)
+        assert len(found) == 1 and "only the contrast of an encoder of one stream" in found[0]

@@ -7,6 +7,7 @@ import pytest
 from helpers_data import write_jsonl
 
 from comoe.data.reading.files import RawSplit
+from comoe.data.reading.image_posts import LAYOUTS
 from comoe.data.reading.sources import READERS, open_source, read_split
 
 ROWS = [
@@ -175,4 +176,5 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
         "txt",
         "label_studio",
         "hub",
+        *LAYOUTS,
     }

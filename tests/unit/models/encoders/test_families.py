@@ -21,6 +21,7 @@ from comoe.models.moe.block import ContextHolder, RoutingContext
 from comoe.train.parallel.setup import parameter_group
 from comoe.types import Batch
 from tests.helpers_model import (
+    HALVES,
     HF_CONFIGS,
     VARIANTS,
     WIDTH,
@@ -131,7 +132,7 @@ def test_the_automatic_expert_width_is_a_quarter_and_no_experts_leave_the_encode
 def test_every_family_builds_with_and_without_its_pooler():
     assert all(tiny_encoder(family).config.hidden_size == WIDTH for family in HF_CONFIGS)
     # One of both sides needs pictures: tests/unit/models/vision/test_fusion.py.
-    assert set(HF_CONFIGS) == {
+    assert {*HF_CONFIGS, *HALVES} == {
         name for name, family in FAMILIES.items() if not family.single_stream
     }
 

@@ -37,7 +37,7 @@ from tests.helpers_vision import (
     with_pictures,
 )
 
-BOTH = ImageTextConfig()
+BOTH = ImageTextConfig(separate_passes=True)
 EXACT = dict(atol=2e-6, rtol=1e-5)
 
 
@@ -259,9 +259,10 @@ def test_recomputed_layers_give_the_same_gradients_with_the_further_passes_of_pi
     torch.testing.assert_close(gradients(True), gradients(False), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "attention", "gated", "tokens"])
+@pytest.mark.parametrize("fusion", FUSED)
 def test_texts_alone_are_compared_and_pictures_never_change_them(fusion):
     model, batch = seeing_model(fusion, image_text=BOTH).eval(), seeing_batch()
+    batch.input_ids_BL[:, 0] = 3  # the sign that all texts begin with
     first = model(batch).image_text
     other = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.flip(0))).image_text
     turned = other.image_embeddings_IP.flip(0)
@@ -270,6 +271,42 @@ def test_texts_alone_are_compared_and_pictures_never_change_them(fusion):
     ):  # fmt: skip
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
         torch.testing.assert_close(one.norm(dim=1), torch.ones(4))
+    texts = batch.input_ids_BL.clone()
+    texts[:, 1:] = texts[:, 1:].flip(0)
+    third = model(replace(batch, input_ids_BL=texts)).image_text
+    torch.testing.assert_close(third.image_embeddings_IP, first.image_embeddings_IP)
+    assert (third.text_embeddings_IP - first.text_embeddings_IP).abs().amax() > 1e-4
+
+
+def test_either_side_alone_in_one_stream_is_the_librarys_encoder_on_its_embeddings():
+    """In float64, the two sides put together by hand from the parts of the library's own model."""
+    model = seeing_model("vilt", image_text=BOTH, moe=moe_config(num_experts=0)).double().eval()
+    batch = seeing_batch()
+    rows, pixels = batch.image_rows_I, batch.pixels_I3HW.double()
+    sides = model(replace(batch, pixels_I3HW=pixels)).image_text
+    vilt, head = model.encoder, model.image_text
+    parts = vilt.embeddings
+
+    def mean_state(embedded, begins):
+        states = vilt.layernorm(vilt.encoder(embedded).last_hidden_state)
+        return states[:, begins:].mean(dim=1)
+
+    def kind(number):
+        return parts.token_type_embeddings(torch.full((1, 1), number))
+
+    for place, row in enumerate(rows.tolist()):
+        ids = batch.input_ids_BL[[row], : int(batch.attention_mask_BL[row].sum())]
+        text = mean_state(parts.text_embeddings(ids) + kind(0), 0) @ head.text.weight.T
+        patches = parts.patch_embeddings(pixels[[place]]).flatten(2).transpose(1, 2)
+        seen = torch.cat([parts.cls_token, patches], dim=1) + parts.position_embeddings + kind(1)
+        sign = parts.text_embeddings(ids[:, :1]) + kind(0)
+        image = mean_state(torch.cat([sign, seen], dim=1), 1) @ head.image.weight.T
+        for found, expected in (
+            (sides.text_embeddings_IP, text), (sides.image_embeddings_IP, image)
+        ):  # fmt: skip
+            torch.testing.assert_close(
+                found[[place]], torch.nn.functional.normalize(expected).float(), atol=1e-6, rtol=0
+            )
 
 
 @pytest.mark.parametrize("fusion", FUSED)
@@ -287,7 +324,8 @@ def test_what_a_loss_does_not_ask_for_is_not_built():
     batch = seeing_batch()
     assert seeing_model()(batch).image_text is None
     assert seeing_model(image_text=BOTH)(batch, compare=False).image_text is None
-    assert seeing_model("vilt", image_text=BOTH)(batch).image_text.text_embeddings_IP is None
+    usual = ImageTextConfig()
+    assert seeing_model("vilt", image_text=usual)(batch).image_text.text_embeddings_IP is None
     only = seeing_model(image_text=ImageTextConfig(itm_weight=0.0))(batch).image_text
     assert only.match_logits_I2 is None and only.text_embeddings_IP is not None
     off = ImageTextConfig(itc_weight=0.0, itm_weight=0.0)

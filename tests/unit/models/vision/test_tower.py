@@ -97,10 +97,15 @@ def test_a_tower_saved_as_a_classifier_loads_its_weights(tmp_path):
     torch.testing.assert_close(tower.inner.state_dict(), whole.vit.state_dict(), atol=0, rtol=0)
 
 
-def test_bfloat16_weights_take_float32_pixels():
-    assert (
-        build_tower_from_config(tower_config("vit")).bfloat16()(pictures()).dtype == torch.bfloat16
-    )
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_bfloat16_weights_take_float32_pixels_and_keep_float32_statistics(kind):
+    tower = build_tower_from_config(tower_config(kind))
+    expected = tower(pictures())
+    for weight in tower.parameters():  # as the engine does: buffers stay as they are
+        weight.data = weight.data.bfloat16()
+    found = tower(pictures())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
 def test_what_is_no_whole_vision_model_is_refused(tmp_path):
