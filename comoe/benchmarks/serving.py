@@ -40,8 +40,11 @@ from comoe.models.build import build_model
 CLIENTS, POSTS = 8, 16
 """Clients, and posts of a request."""
 
-SECONDS, ROUNDS = 10.0, 6
-"""Length of a turn under load, and turns."""
+LOADED, ROUNDS = 60.0, 3
+"""Length of a turn under load beside batch prediction, in seconds, and turns."""
+
+SECONDS = 10.0
+"""Length of the other turns."""
 
 REFUSED, BROKEN = 0, -1
 """A connection that was not taken, and one that ended without an answer: a lost request."""
@@ -194,7 +197,7 @@ def run(
     )
     report.notes += [
         machine_note("CPU", torch.get_num_threads()),
-        f"{CLIENTS} clients of {POSTS} posts a request beside the server on the same cores, turns of {SECONDS:g} s; "
+        f"{CLIENTS} clients of {POSTS} posts a request beside the server on the same cores, turns of {LOADED:g} s; "
         f"batch: {BATCH} posts in passes of 64; all tasks",
     ]
     for file in files:
@@ -222,7 +225,7 @@ def measure_speed(
             start = time.perf_counter()
             predictor(batch)
             alone = BATCH / (time.perf_counter() - start)
-            load = load_it(server, texts, clients=CLIENTS, posts=POSTS, seconds=SECONDS)
+            load = load_it(server, texts, clients=CLIENTS, posts=POSTS, seconds=LOADED)
             rates.append((load.rate, alone))
             memory.append(server.memory())
             all_of.latencies += load.latencies
