@@ -269,6 +269,8 @@ def gather_full_state(engine: Any, values: Mapping[str, Tensor] | None = None) -
     """
     keep, values = deepspeed.comm.get_rank() == 0, values or {}
     state: dict[str, Tensor] = {}
+    # ZeRO 3 fetches ahead what a backward pass would read, which an evaluation lets wait.
+    engine.empty_partition_cache()
     model = engine.module.model
     layers = _expert_layers(model)
     for name, layer in layers.items():
