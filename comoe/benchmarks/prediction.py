@@ -85,8 +85,11 @@ def run(
         report.notes += [
             machine_note("CPU", threads),
             f"{POSTS} tweets, from text to label and scores; the pipeline in passes of {BATCH}; turns: rounds",
-            *(f"{kind}: {_megabytes(folder)}" for kind, folder in folders.items()),
         ]
+        for kind, folder in folders.items():
+            # An ONNX file is added to a copy of the export.
+            file = next(filter(Path.is_file, (folder / "model.onnx", folder / "model.safetensors")))
+            report.notes.append(f"{kind}: {file.stat().st_size / 1e6:.1f} MB")
         predictors = {
             kind: Predictor.from_pretrained(
                 folder,
@@ -197,8 +200,3 @@ def _tweets(recipe: Recipe) -> list[str]:
         return []
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [row["text"] for row in rows if row["domain"] == "tweets" and row["text"].strip()]
-
-
-def _megabytes(folder: Path) -> str:
-    name = "model.onnx" if (folder / "model.onnx").is_file() else "model.safetensors"
-    return f"{(folder / name).stat().st_size / 1e6:.1f} MB"

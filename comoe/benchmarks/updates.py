@@ -59,7 +59,12 @@ def run(
     split, collator = tokenized_posts(source.recipe, limit=1000)
     size = (steps + SEEN, source.recipe.train.batch_size)
     order = np.resize(np.random.default_rng(0).permutation(len(split)), size)
-    batches = [_whole_step(collator(split, part), collator.tasks) for part in order]
+    batches = []
+    for part in order:
+        batch = collator(split, part)
+        # The only one of its optimizer step.
+        scale = unit_scale(count_units(batch, collator.tasks), world_size=1, accumulation=1)
+        batches.append(replace(batch, unit_scale_T=scale))
 
     def measure(num_experts: int, top_k: int, form: Sequence[str]) -> list[float]:
         shape = {"num_experts": num_experts, "top_k": top_k, "expert_width": width // top_k}
@@ -140,9 +145,3 @@ def relative_updates(
     for handle in handles:
         handle.remove()
     return (squares[:, 0] / squares[:, 1]).sqrt().tolist()
-
-
-def _whole_step(batch: Batch, tasks: Sequence[Task]) -> Batch:
-    """The batch as the only one of its optimizer step."""
-    units_T = count_units(batch, tasks)
-    return replace(batch, unit_scale_T=unit_scale(units_T, world_size=1, accumulation=1))

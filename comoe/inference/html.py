@@ -64,9 +64,10 @@ def post_block(prediction: Mapping[str, Any], tasks: Sequence[str], kept: Sequen
 
 def _task(name: str, found: Mapping[str, Any]) -> list[str]:
     scores = found.get("scores", {})
-    lines = [
-        f"<h3>{_text(name)}: <b>{_text(_headline(found))}</b>{_score(found, scores)}{_adapted(found)}</h3>"
-    ]
+    head = f"{_text(name)}: <b>{_text(_headline(found))}</b>{_score(found, scores)}"
+    if "prior" in found:
+        head += f", adapted to another mix of labels ({_text(found['prior'])})"
+    lines = [f"<h3>{head}</h3>"]
     if "spans" in found:
         lines.append(_spans(found))
     if weights := found.get("attention"):
@@ -101,12 +102,6 @@ def _score(found: Mapping[str, Any], scores: Any) -> str:
     named = found.get("labels") or [found.get("label")]
     shares = [f"{scores[label]:.2f}" for label in named if label in scores]
     return f" {', '.join(shares)}" if shares else ""
-
-
-def _adapted(found: Mapping[str, Any]) -> str:
-    return (
-        f", adapted to another mix of labels ({_text(found['prior'])})" if "prior" in found else ""
-    )
 
 
 def _colored(words: Sequence[tuple[str, float]], title: str) -> str:

@@ -47,7 +47,8 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
                 return
             known = _texts(load_corpus(theirs).splits["train"])
             count, about = partial(shared_posts, known=known), ""
-        found = {split: count(_texts(posts)) for split, posts in _evaluated(corpus).items()}
+        evaluated = {split: corpus.splits.get(split, ()) for split in PART_NAMES[1:]}
+        found = {split: count(_texts(posts)) for split, posts in evaluated.items() if len(posts)}
     except (ValueError, OSError) as error:
         yield f"{name}: whether it has learned posts that this run is evaluated on cannot be told ({error})"
         return
@@ -58,10 +59,6 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
                 "run, so that scores are too high; its recipe held out others (data.split_seed, fractions, stratify, "
                 "tasks.<name>.splits, hold_out)"
             )
-
-
-def _evaluated(corpus: Corpus) -> dict[str, PostSplit]:
-    return {split: posts for split in PART_NAMES[1:] if len(posts := corpus.splits.get(split, ()))}
 
 
 def _without_models(recipe: Recipe) -> Recipe:

@@ -92,7 +92,9 @@ def propose(
     known = {name: part for name, part in parts.items() if np.isfinite(part).any()}
     if not known:
         return None
-    stack = np.stack([part / _size(part) for part in known.values()])
+    # Each of root mean square 1, but where all is 0.
+    sizes = [float(np.sqrt(np.nanmean(part**2))) or 1.0 for part in known.values()]
+    stack = np.stack([part / size for part, size in zip(known.values(), sizes, strict=True)])
     count_TT = np.isfinite(stack).sum(0)
     evidence_TT = np.nansum(stack, axis=0) / np.maximum(count_TT, 1)
     ranked = sorted(
@@ -194,11 +196,6 @@ def _of_changes(
         if both:
             found_TT[one, other] = np.mean(both)
     return found_TT
-
-
-def _size(part_TT: np.ndarray) -> float:
-    """Root mean square; 1 where all is 0."""
-    return float(np.sqrt(np.nanmean(part_TT**2))) or 1.0
 
 
 def _named(ids: Sequence[int], tasks: Sequence[str]) -> Groups:
