@@ -96,6 +96,18 @@ class Batch:
     """Rows with the same number read the same text, int64; the encoder may compute it once as far
     as it does not depend on the task. None where each row has its own."""
 
+    bags_B: Tensor | None = None
+    """Rows with the same number are read together for one task: the posts of an author, or a post
+    and its neighbors; the first one has the labels, int64. None where each row is alone."""
+
+    def leads_B(self) -> Tensor:
+        """True on the first row of those that are read together, bool; on all where each is alone."""
+        # All true, of NumPy or PyTorch as the batch is.
+        leads_B = self.row_ids_B >= -1
+        if self.bags_B is not None:
+            leads_B[1:] = self.bags_B[1:] != self.bags_B[:-1]
+        return leads_B
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {}
@@ -221,6 +233,10 @@ class ModelOutput:
     generated: Mapping[str, Tensor] = field(default_factory=dict)
     """Task of free text -> token ids of the generated texts, (B, D), int64, -1 from the end token
     on; empty in training."""
+
+    post_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task that reads several posts together -> weight of each row among those of its bag, (B,),
+    float32."""
 
     @property
     def layer_rows(self) -> tuple[Tensor, ...]:

@@ -199,6 +199,10 @@ def add_columns(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
+    add(
+        "--author-column",
+        help="column with the author, for tasks of authors (default: that of training)",
+    )
     add("--image-column", help="column with the image (default: that of training, else image)")
 
 

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = score(
         predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
         format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
-        label=options.label_column, image=options.image_column, skip_bad=options.skip_bad, by=options.by,
+        label=options.label_column, image=options.image_column, author=options.author_column,
+        skip_bad=options.skip_bad, by=options.by,
     )  # fmt: skip
     if scores.seen:
         print(

@@ -475,9 +475,14 @@ class DataConfig:
     root: Text | None = None
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the
     starter kit, ``kit:chinese_posts`` its Chinese part; ``smoke:posts``, ``smoke:tacl_posts``,
-    ``smoke:drawn_posts``, ``smoke:related_posts`` and ``smoke:implied_posts`` are generated."""
+    ``smoke:drawn_posts``, ``smoke:related_posts``, ``smoke:implied_posts`` and ``smoke:linked_posts``
+    are generated."""
     max_length: Annotated[Whole, Ge(4), at_most(1_000_000)] = 128
     """Longest post in tokens; the rest is cut and counted."""
+    max_posts: Count = 8
+    """Most posts that are read together: of an author (``tasks.<name>.per``), or of a post with its
+    context as neighbors. Of an author with more, each training step draws others, and evaluations
+    and predictions read the first; of a thread the nearest are read."""
     limit_per_task: Count | None = None
     """Keep at most this many training posts per data set (chosen by ``train.seed``); null keeps
     all."""
@@ -595,6 +600,22 @@ class TaskConfig:
     """Column with the post; for tags a list of words."""
     pair: Text | None = None
     """Column with a second text (stance target, aspect)."""
+    context: Text | None = None
+    """Column with what a post answers: the parent post, or a list, the thread from its first post to
+    the parent. An empty cell is a post that answers none. Kinds with a head."""
+    context_as: Literal["segment", "neighbors"] = "segment"
+    """How the context is read: segment (behind the post, the nearest first; of too long a post the
+    far end of the context is cut, and the post itself only where it is too long alone) or neighbors
+    (each post of the thread by itself; the head adds attention over their pooled states,
+    arXiv:1710.10903). neighbors: single_label, multi_label and regression only."""
+    author: Text | None = None
+    """Column with who wrote the post. Validation and test parts that are held out never divide an
+    author; without ``stratify``."""
+    per: Literal["post", "author"] = "post"
+    """What has the label and is predicted: each post, or its ``author`` (single_label, multi_label
+    and regression only), by attention over the pooled states of the author's posts, up to
+    ``data.max_posts`` (arXiv:1802.04712). Rows of an author have the same label or none; limits,
+    splits and metrics count authors."""
     image: Text | None = None
     """Column with the image: a path, or the bytes of the file; an empty cell is a post without
     image."""

@@ -15,6 +15,8 @@ SOFT_COLUMN = ("single_label", "multi_label")
 """Kinds whose soft labels can stand in a column, and whose head has a row of weights per label."""
 BY_LABEL = (*SOFT_COLUMN, BY_DECODER[1])
 """Kinds that give a post labels of a list, by which posts can be counted."""
+BY_POSTS = (*SOFT_COLUMN, "regression")
+"""Kinds whose head can read several posts together."""
 UNLABELLED = "unlabelled"
 """The kind of task without labels."""
 BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
@@ -76,12 +78,45 @@ def _tasks(recipe: Recipe) -> Broken:
             rule = f"has no meaning for kind {task.kind} ({', '.join(BY_LABEL)} have); use limit"
             yield f"tasks.{name}.limit_per_label", f"{rule}."
         yield from (_decoded if task.kind in BY_DECODER else _not_decoded)(f"tasks.{name}", task)
+        yield from _together(f"tasks.{name}", task)
     labelled = {name: task for name, task in tasks.items() if task.kind != UNLABELLED}
     if not labelled:
         yield "tasks", f"has no task with labels ({', '.join(tasks)} are unlabelled); add one."
     if all(task.auxiliary for task in labelled.values()):
         rule = "is true for it and all others; set it to false for one task"
         yield f"tasks.{next(iter(labelled))}.auxiliary", f"{rule} with labels."
+
+
+def _together(key: str, task: TaskConfig) -> Broken:
+    """Options of a task that reads more than a post."""
+    if task.per == "author":
+        if task.author is None:
+            yield (
+                f"{key}.per",
+                f"is author; name the column that says who wrote a post: {key}.author.",
+            )
+        if task.context is not None:
+            yield f"{key}.context", "is of a post, but per is author; leave one of them out."
+    if task.context is None and task.context_as != "segment":
+        yield (
+            f"{key}.context_as",
+            f"is {task.context_as}, but there is no {key}.context; name its column.",
+        )
+    if task.context is not None:
+        if task.kind in BY_DECODER:
+            yield f"{key}.context", f"has no meaning for kind {task.kind}; give it as {key}.pair."
+        if task.pair is not None:
+            yield f"{key}.context", "and pair are both behind the post; leave one of them out."
+    several = {"per": task.per == "author", "context_as": task.context_as == "neighbors"}
+    for option in (option for option, joined in several.items() if joined):
+        value = getattr(task, option)
+        if task.kind not in BY_POSTS:
+            rule = f"({value}) has no meaning for kind {task.kind} ({', '.join(BY_POSTS)} have)"
+            yield f"{key}.{option}", f"{rule}; leave it out."
+        for other in ("image", "soft_label", "pair"):
+            if getattr(task, other) is not None:
+                rule = f"is {value}, which reads the texts of several posts and no {key}.{other}"
+                yield f"{key}.{option}", f"{rule}; leave one of them out."
 
 
 def _decoded(key: str, task: TaskConfig) -> Broken:
@@ -311,6 +346,9 @@ def _distillation(recipe: Recipe) -> Broken:
             yield "distill.tasks", f"names {name!r}: {unknown_name('task', name, recipe.tasks)}"
     learning = config.tasks or recipe.tasks if config.teachers else ()
     for name in learning:
+        if recipe.tasks[name].per == "author" or recipe.tasks[name].context_as == "neighbors":
+            rule = "which reads several posts together, and teachers say something of one"
+            yield "distill.tasks", f"has {name}, {rule}; list the other tasks."
         if recipe.tasks[name].kind == BY_DECODER[0]:
             others = ", ".join(task for task in recipe.tasks if task != name) or "none"
             rule = "free text has no soft labels, and is learned from gold ones alone"

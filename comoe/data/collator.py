@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
-from comoe.data.posts import hidden, unlabelled_posts
+from comoe.data.posts import flattened, hidden, unlabelled_posts
 from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
 from comoe.data.tokens.split import (
     TokenizedSplit,
@@ -22,7 +23,7 @@ from comoe.data.tokens.split import (
 )
 from comoe.data.tokens.tokenize import tokenize
 from comoe.deferred import Deferred
-from comoe.tasks.task import Task, decoder_tasks
+from comoe.tasks.task import TOGETHER, Task, decoder_tasks
 from comoe.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Collator:
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.
         pixels: reads the posts' images; None leaves them alone.
         domains: what the adversarial loss predicts of posts; None predicts nothing.
+        max_posts: ``data.max_posts``.
 
     Raises:
         ValueError: label words that the tokenizer does not know or cannot
@@ -64,11 +66,13 @@ class Collator:
         pad_to_multiple_of: int = 1,
         pixels: PixelReader | None = None,
         domains: Domains | None = None,
+        max_posts: int = DataConfig().max_posts,
     ) -> None:
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
         self.pixels = pixels
         self.domains = domains
+        self.max_posts = max_posts
         self._row_per_task = row_per_task
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
@@ -90,8 +94,11 @@ class Collator:
         *,
         all_tasks: bool = False,
         arrays: bool = False,
+        draw: Sequence[int] | None = None,
     ) -> Batch:
         """One batch on the CPU.
+
+        What is read together (an author, a post and its neighbors) has a row each; the first has the labels.
 
         Args:
             split: tokenized posts.
@@ -101,13 +108,20 @@ class Collator:
                 not; a task in decoder mode has rows for posts with its label and for posts without
                 any label. Else there would be nothing to score, and generating takes long.
             arrays: of NumPy instead of PyTorch, and only what an ONNX file reads: no labels.
+            draw: training: seeds which posts of an author are read, if not all; None reads the first.
         """
-        served = {
-            int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices
-        }
-        pairs = [(int(post), task) for post in indices for task in served[int(post)]]
-        pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
-        rows, inputs = self._inputs(split, pairs)
+        asked = [
+            (int(post), task)
+            for post in indices
+            for task in self._served(split, int(post), all_tasks=all_tasks)
+        ] or [(-1, 0 if self._row_per_task else -1)]
+        together = [self._rows(split, post, task, draw) for post, task in asked]
+        rows = [row for some in together for row in some]
+        pairs = [pair for pair, some in zip(asked, together, strict=True) for _ in some]
+        places = [place for some in together for place in range(len(some))]
+        inputs = self._inputs(pairs, places, rows)
+        if split.bounds is not None:
+            inputs["bags_B"] = np.cumsum(np.array(places) == 0) - 1
         if arrays:
             return Batch(**inputs)
         posts = [post for post, _ in pairs]
@@ -115,14 +129,16 @@ class Collator:
         pixels, image_rows, image_numbers = (
             (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         )
-        shares = [len(served.get(post, "-")) for post in posts]
+        # Rows of a post; drawn twice it counts twice.
+        counts, drawn = Counter(posts), Counter(map(int, indices))
+        shares = [counts[post] // drawn.get(post, 1) for post in posts]
         given = {name: value for name, value in inputs.items() if value is not None}
         return Batch(
             **(inputs | {name: torch.from_numpy(value) for name, value in given.items()}),
             pixels_I3HW=pixels,
             image_rows_I=image_rows,
             image_numbers_I=image_numbers,
-            **self._targets(split, pairs, rows, length=inputs["input_ids_BL"].shape[1]),
+            **self._targets(split, pairs, places, rows, length=inputs["input_ids_BL"].shape[1]),
             confidences=confidences_of(split.posts, posts, self.tasks),
             target_ids_BD=_ragged([self._target_ids(split, post, task) for post, task in pairs])
             if self._decoded
@@ -132,29 +148,21 @@ class Collator:
         )
 
     def _inputs(
-        self, split: TokenizedSplit, pairs: Sequence[tuple[int, int]]
-    ) -> tuple[list[TokenRow], dict[str, np.ndarray | None]]:
-        """Rows of a batch with these (post, task) rows, and what the model reads of them."""
-        rows = [
-            self._filler
-            if post < 0
-            else split.prompt(post, self.tasks[task].name)
-            if task in self._decoded
-            else split.rows(np.array([post]))[0]
-            for post, task in pairs
-        ]
+        self, pairs: Sequence[tuple[int, int]], places: Sequence[int], rows: Sequence[TokenRow]
+    ) -> dict[str, np.ndarray | None]:
+        """What the model reads of each row: the (post, task) that it is for, its place among those that are read
+        together, and its tokens."""
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         pad = functools.partial(_padded, length=length)
-        inputs = {
+        return {
             "input_ids_BL": pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
             "attention_mask_BL": pad([np.ones(len(row.input_ids)) for row in rows]),
             "token_type_ids_BL": pad([row.token_types for row in rows]) if self._segments else None,
             "word_starts_BL": pad([row.word_starts for row in rows]).astype(bool),
             "task_ids_B": np.array([task for _, task in pairs], dtype=np.int64),
-            "text_numbers_B": self._text_numbers(pairs) if self._row_per_task else None,
+            "text_numbers_B": self._text_numbers(pairs, places) if self._row_per_task else None,
             "row_ids_B": np.array([post for post, _ in pairs], dtype=np.int64),
         }
-        return rows, inputs
 
     def rows_per_post(self, tasks: Sequence[Task]) -> int:
         """Most rows of a batch that a post has where it is asked for these tasks."""
@@ -178,8 +186,8 @@ class Collator:
         """Raw texts as a split without labels, by the same path as training posts.
 
         Args:
-            texts: posts.
-            pairs: second texts, None where there is none.
+            texts: posts; tuples of ``Post`` for what is read together.
+            pairs: second texts, None where there is none; tuples of texts for a context.
             words: posts as words, for tags; a text is only used where its words are None.
             images: images as ``comoe.data.images.decode.locate_image`` gives them, None where
                 there is none.
@@ -192,7 +200,8 @@ class Collator:
         """
         names = [task.name for task in self.tasks]
         posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
-        seen = posts if config is None else hidden(posts, config.hide)
+        hide = "none" if config is None else config.hide
+        seen = hidden(posts, hide)
         max_length, normalize = (
             (128, None) if config is None else (config.max_length, config.normalize)
         )
@@ -200,7 +209,8 @@ class Collator:
         if all(task.mode == "decoder" for task in heading):
             tokens = no_tokens(len(posts))
         else:
-            tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
+            flat = hidden(flattened(posts), hide)
+            tokens = tokenize(flat, self.tokenizer, max_length=max_length, normalize=normalize)
         wording = Wording(self.tokenizer, max_length=max_length, normalize=normalize)
         return assemble_split(posts, seen, tokens, tasks=self.tasks, wording=wording, asked=asked)
 
@@ -208,15 +218,20 @@ class Collator:
         self,
         split: TokenizedSplit,
         pairs: Sequence[tuple[int, int]],
+        places: Sequence[int],
         rows: Sequence[TokenRow],
         *,
         length: int,
     ) -> dict[str, Any]:
-        """``labels``, ``soft_labels`` and ``texts`` of a batch with these (post, task) rows."""
+        """``labels``, ``soft_labels`` and ``texts`` of a batch with these rows, as of ``_inputs``; the first of those
+        that are read together has them."""
         labels, soft, texts = {}, {}, {}
         for number, task in enumerate(self.tasks):
             # The post of each row that the task is for, -1 for other rows.
-            of_task = [post if task.rules.serves(only, number) else -1 for post, only in pairs]
+            of_task = [
+                post if place == 0 and task.rules.serves(only, number) else -1
+                for (post, only), place in zip(pairs, places, strict=True)
+            ]
             targets = [
                 None if post < 0 else target_of(split, task, post, row)
                 for post, row in zip(of_task, rows, strict=True)
@@ -232,6 +247,18 @@ class Collator:
                 column = split.posts.labels[task.name]
                 texts[task.name] = [None if post < 0 else column[post] for post in of_task]
         return {"labels": labels, "soft_labels": soft, "texts": texts}
+
+    def _rows(
+        self, split: TokenizedSplit, post: int, task: int, draw: Sequence[int] | None
+    ) -> list[TokenRow]:
+        """The rows of a post that are read together for a task, or for all."""
+        if post < 0:
+            return [self._filler]
+        if task in self._decoded:
+            return [split.prompt(post, self.tasks[task].name)]
+        if task >= 0 and self.tasks[task].reads not in TOGETHER:
+            return split.rows(np.array([post]))
+        return split.all_rows(post, most=self.max_posts, draw=draw)
 
     def _served(self, split: TokenizedSplit, post: int, *, all_tasks: bool) -> list[int]:
         """Tasks of a post's rows; -1 is all that have heads."""
@@ -253,9 +280,12 @@ class Collator:
             )
         return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
 
-    def _text_numbers(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _text_numbers(self, pairs: Sequence[tuple[int, int]], places: Sequence[int]) -> np.ndarray:
         """Rows of a post have its text, those of tasks in decoder mode a prompt of their own."""
-        texts = [(post, task if task in self._decoded else -1) for post, task in pairs]
+        texts = [
+            (post, task if task in self._decoded else -1, place)
+            for (post, task), place in zip(pairs, places, strict=True)
+        ]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         return np.array([numbers[text] for text in texts], dtype=np.int64)
 

@@ -39,11 +39,12 @@ LEARNED_FROM = ("train", "validation")
 
 
 def extra_columns(recipe: Recipe) -> tuple[str, ...]:
-    """Columns that posts keep as text: of ``hold_out`` and ``slices``, and what ``loss.adversarial`` predicts."""
+    """Columns that posts keep as text: of ``hold_out``, ``slices``, authors, and what ``loss.adversarial`` predicts."""
     found = [
         column
         for task in recipe.tasks.values()
-        for column in (*task.hold_out, *slice_columns(task.slices))
+        for column in (*task.hold_out, *slice_columns(task.slices), task.author)
+        if column is not None
     ]
     adversarial = recipe.loss.adversarial
     if adversarial.weight and adversarial.predict != "task":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from comoe.config.recipe import Recipe, TaskConfig
+from comoe.data.authors import authors_of_two_splits, by_author, one_label_each
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
 from comoe.data.datasets import Group, cuts_all_posts, groups_of, read_group
 from comoe.data.held_out import seed_of, split_seed, with_held_out
@@ -78,11 +79,16 @@ def _first_of_labels(rows: Sequence[int], values: Sequence[Any], config: TaskCon
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
-    """How many posts are in ``known`` too, by text, second text and image; case and white space count as equal."""
+    """How many posts are in ``known`` too, by text, second text or context, and image; case and white space count as
+    equal."""
 
-    def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
-        columns = zip(split.texts, split.pairs, split.images, strict=True)
-        return [(same_text(text), pair, image) for text, pair, image in columns]
+    def keys(split: PostSplit) -> list[tuple]:
+        members = split.members or [()] * len(split)
+        columns = zip(split.texts, split.pairs, split.images, members, strict=True)
+        return [
+            (same_text(text), pair, image, tuple(post.text for post in some))
+            for text, pair, image, some in columns
+        ]
 
     there = set(keys(known))
     return sum(key in there for key in keys(posts))
@@ -180,15 +186,17 @@ def _parse(
         columns=extra_columns(recipe),
         strict=recipe.data.on_error == "stop",
     )
-    column = next(iter(group.tasks.values())).image
-    if next(iter(group.tasks.values())).format == "auto":
+    first = next(iter(group.tasks.values()))
+    column, per_author = first.image, first.per == "author"
+    if first.format == "auto":
         report.warnings += unread_files(group.source)
     splits = {}
     for split, raw in group.raw.items():
         report.warnings += [raw.joined] if raw.joined else []
         report.notes += raw.notes
+        read = read_rows(raw, rows.read)
         posts = settle(
-            read_rows(raw, rows.read),
+            one_label_each(read) if per_author else read,
             file=raw.file,
             skip=recipe.data.on_error == "skip",
             option="data.on_error=skip",
@@ -201,7 +209,7 @@ def _parse(
         if cuts_all_posts(recipe):
             posts = [replace(post, words=post.words or split_words(post.text)) for post in posts]
         splits[split] = PostSplit.from_posts(
-            posts,
+            by_author(posts) if per_author else posts,
             tasks=recipe.tasks,
             confidences=[
                 name for name, task in recipe.tasks.items() if task.confidence is not None
@@ -217,7 +225,25 @@ def _parse(
         f"task {task}: {count:,} posts of {group.name} have no such label, because it does not fit their words"
         for task, count in rows.unfit.items()
     ]
+    if first.author is not None:
+        _check_authors(group, first, splits, report)
     return splits
+
+
+def _check_authors(group: Group, task: TaskConfig, splits: _Splits, report: DataReport) -> None:
+    """Count the posts of authors; refuse authors in two splits whose label one of them would tell."""
+    shared = authors_of_two_splits(splits, task)
+    if shared and task.per == "author":
+        raise ValueError(
+            f"{group.source.key}.author: {shared}; the label of an author in training would be known in the "
+            "evaluation. Keep the posts of an author in one file."
+        )
+    report.warnings += [f"data set {group.name}: {shared}"] if shared else []
+    for split, posts in splits.items() if task.per == "author" else ():
+        count = sum(map(len, posts.members))
+        report.notes.append(
+            f"data set {group.name}: {len(posts):,} {split} authors with {count:,} posts; authors are counted"
+        )
 
 
 def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Splits:

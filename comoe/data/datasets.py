@@ -93,7 +93,8 @@ def read_as_words(recipe: Recipe) -> tuple[str, ...]:
 def _posts_of(task: TaskConfig) -> tuple:
     """Equal for tasks that share their posts."""
     named = tuple(sorted(task.splits.items()))
-    return task.path, task.format, task.subset, named, task.text, task.pair, task.image
+    read = (task.text, task.pair, task.image, task.context, task.context_as, task.author, task.per)
+    return task.path, task.format, task.subset, named, read
 
 
 def _check_together(members: Mapping[str, TaskConfig]) -> None:
@@ -152,9 +153,8 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
         if name == group.source.key:
             check_columns(raw, {"distill.unlabelled_text": task.text})
             continue
-        wanted = {"text": task.text, "pair": task.pair} | (
-            {"image": task.image} if with_images else {}
-        )
+        wanted = {key: getattr(task, key) for key in ("text", "pair", "context", "author")}
+        wanted |= {"image": task.image} if with_images else {}
         check_columns(raw, {f"tasks.{name}.{key}": column for key, column in wanted.items()})
         if not labelled and kind_of(task.kind).scored:
             wanted = {"label": task.label, "confidence": task.confidence}

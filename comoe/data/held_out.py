@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from comoe.config.recipe import Recipe
+from comoe.data.authors import authors_held_out
 from comoe.data.datasets import Group
 from comoe.data.posts import PostSplit
 from comoe.data.report import DataReport
@@ -113,7 +114,12 @@ def _parted(
     # The seed of the validation part is the one that it had before there were others.
     seed_name = group.name if split == "validation" else f"{group.name}/{split} part"
     how = "at random"
-    for by, strata in _strata(group, train, recipe.data.stratify):
+    author = next(iter(group.tasks.values())).author
+    if author is not None:
+        how, authors = f"whole authors ({author})", train.columns[author]
+        # One seed for all parts and data sets: an author is on the same side in each.
+        held = authors_held_out(authors, fraction=fraction, seed=seed)
+    for by, strata in _strata(group, train, recipe.data.stratify) if author is None else ():
         held, kept = hold_out(
             train, fraction=fraction, strata=strata, seed=seed_of(seed, seed_name)
         )

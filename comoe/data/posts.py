@@ -28,7 +28,8 @@ class Post:
     words: Sequence[str] | None = None
     """The post as words, None where it is plain text."""
     pair: Any = None
-    """Second text (stance target, aspect), None where there is none."""
+    """Second text (stance target, aspect), None where there is none; of a context a tuple of texts,
+    the nearest first."""
     labels: Mapping[str, Any] = field(default_factory=dict)
     """Task -> the label as its kind parsed it, None where missing."""
     confidences: Mapping[str, float | None] = field(default_factory=dict)
@@ -43,6 +44,11 @@ class Post:
     """Where the post was read, for messages."""
     line: int = 0
     """Line in the file from 1; its number where a format has no lines."""
+    author: str | None = None
+    """Who wrote it, where a task asks for authors."""
+    members: Sequence[Post] = ()
+    """Of an author all posts; of a post with neighbors itself, then these, the nearest first; empty
+    for a post that is read alone."""
     error: BadRow | None = None
     """Why the post cannot be used."""
 
@@ -53,8 +59,9 @@ class PostSplit:
 
     texts: Sequence[str]
     """The post; for a post given as words, the words joined by blanks."""
-    pairs: Sequence[str | None]
-    """Second text (stance target, aspect), None where a post has none."""
+    pairs: Sequence[str | tuple[str, ...] | None]
+    """Second text (stance target, aspect), None where a post has none; of a context a tuple of
+    texts, the nearest first."""
     words: Sequence[Sequence[str] | None]
     """The post as words, None where it is plain text."""
     labels: Mapping[str, Sequence[Any]]
@@ -74,6 +81,8 @@ class PostSplit:
     columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no
     such cell."""
+    members: Sequence[Sequence[Post]] = ()
+    """As of ``Post``; empty where all posts are read alone."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -117,6 +126,7 @@ class PostSplit:
             origins=[f"{post.file}:{post.line}" for post in posts],
             images=[post.image for post in posts],
             columns={name: [post.columns.get(name) for post in posts] for name in columns},
+            members=[post.members for post in posts],
         )
 
     def take(self, rows: np.ndarray) -> PostSplit:
@@ -135,12 +145,35 @@ def _columnwise(
     splits: Sequence[PostSplit], make: Callable[[list[Sequence[Any]]], list[Any]]
 ) -> PostSplit:
     """A split whose columns are made of those of some splits; ``groups`` is the caller's."""
-    plain = ("texts", "pairs", "words", "origins", "images")
+    plain = ("texts", "pairs", "words", "origins", "images", "members")
     made = {name: make([getattr(split, name) for split in splits]) for name in plain}
     for name in ("labels", "confidences", "soft_labels", "columns"):
         keys = getattr(splits[0], name)
         made[name] = {key: make([getattr(split, name)[key] for split in splits]) for key in keys}
     return replace(splits[0], **made)
+
+
+def bounds_of(posts: PostSplit) -> np.ndarray | None:
+    """First text of each post among those of ``flattened``, int64, (N + 1,); None where each is read alone."""
+    if not any(posts.members):
+        return None
+    return np.concatenate(([0], np.cumsum([len(members) or 1 for members in posts.members])))
+
+
+def flattened(posts: PostSplit) -> PostSplit:
+    """Every text that is read as a post of its own, without labels; the posts themselves where each is read alone."""
+    if not any(posts.members):
+        return posts
+    alone = zip(posts.texts, posts.words, posts.pairs, posts.members, strict=True)
+    rows = [members or (Post(*texts),) for *texts, members in alone]
+    return PostSplit.from_posts(list(chain.from_iterable(rows)))
+
+
+def shown_text(text: Any) -> Any:
+    """A text as it is shown: of several posts (their texts, or themselves) all of them, a line each."""
+    if not isinstance(text, (list, tuple)):
+        return text
+    return "\n".join(post.text if isinstance(post, Post) else str(post) for post in text)
 
 
 def unlabelled_posts(
@@ -151,7 +184,7 @@ def unlabelled_posts(
     words: Sequence[Sequence[str] | None] | None = None,
     images: Sequence[bytes | str | None] | None = None,
 ) -> PostSplit:
-    """Posts to predict: no labels, one data set.
+    """Posts to predict: no labels, one data set. A text that is a tuple of posts is an author with these.
 
     Raises:
         ValueError: texts, pairs, words and images of different number.
@@ -165,9 +198,12 @@ def unlabelled_posts(
     none = [None] * count
     rows = zip(texts, words or none, pairs or none, images or none, strict=True)
     posts = [
-        Post(text, words=some, pair=pair, image=image, file="post", line=number)
+        Post(
+            shown_text(text), words=some, pair=pair, image=image, file="post", line=number,
+            members=text if isinstance(text, tuple) else (),
+        )
         for number, (text, some, pair, image) in enumerate(rows, start=1)
-    ]
+    ]  # fmt: skip
     return PostSplit.from_posts(posts, tasks=tasks)
 
 

@@ -28,7 +28,7 @@ def write_seen(path: Path, posts: PostSplit) -> None:
 
     Args:
         path: of the file, uint8, (2 N,) for N different posts, a bit per place.
-        posts: text and second text count; images do not.
+        posts: text, and second text or context, count; images do not.
     """
     keys = _keys(posts)
     bits = np.zeros(BITS * max(len(keys), 1), dtype=np.uint8)
@@ -62,8 +62,12 @@ def count_seen(path: Path, posts: PostSplit) -> int:
 
 
 def _keys(posts: PostSplit) -> list[bytes]:
-    pairs = zip(posts.texts, posts.pairs, strict=True)
-    found = {f"{same_text(text)}\0{pair or ''}" for text, pair in pairs}
+    members = posts.members or [()] * len(posts)
+    rows = zip(posts.texts, posts.pairs, members, strict=True)
+    found = {
+        "\0".join([same_text(text), str(pair or ""), *(post.text for post in some)])
+        for text, pair, some in rows
+    }
     return [key.encode("utf-8", "surrogatepass") for key in found]
 
 

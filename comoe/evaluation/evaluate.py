@@ -360,7 +360,7 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
     known = batch.row_ids_B[torch.stack(list(labelled.values())).any(dim=0)]
     # A row that is there for a soft label has none of its own, though its post may have one.
     bare = ~torch.isin(batch.row_ids_B, known)
-    real = batch.row_ids_B >= 0
+    real = (batch.row_ids_B >= 0) & batch.leads_B()
     kept = {}
     for index, task in enumerate(tasks):
         if task.name in labelled:

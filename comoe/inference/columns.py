@@ -11,6 +11,8 @@ from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.data.images.decode import BadImage, locate_image
+from comoe.data.posts import shown_text
+from comoe.data.reading.rows import thread_of
 from comoe.data.text.normalize import is_blank
 from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
@@ -44,14 +46,15 @@ def read_columns(
     Raises:
         ValueError: columns of different number, or that are no lists.
     """
-    texts = _listed("texts", texts)
-    pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
+    texts, reads = _listed("texts", texts), {task.reads for task in tasks}
+    second = context_of if reads & {"context", "neighbors"} else second_text
+    pairs = list(map(second, _column("pairs", pairs, count=len(texts))))
     words = _column("words", words, count=len(texts))
     images = _column("images", images, count=len(texts))
-    predictions: list[dict[str, Any]] = [{"text": text} for text in texts]
+    predictions: list[dict[str, Any]] = [{"text": shown_text(text)} for text in texts]
     usable = []
     for number, prediction in enumerate(predictions):
-        problem = text_problem(texts[number], words[number])
+        problem = text_problem(texts[number], words[number], authors="author" in reads)
         if problem := problem or pair_problem(pairs[number], tasks):
             prediction["error"] = problem
         else:
@@ -121,8 +124,17 @@ def _listed(what: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def text_problem(text: Any, words: Any) -> str:
-    """Why a post cannot be predicted; empty when it can."""
+def context_of(cell: Any) -> Any:
+    """A context as training reads its cell: a tuple of texts, the nearest first, None for an empty one."""
+    texts = [second_text(text) for text in thread_of(cell)]
+    return tuple(text for text in texts if text is not None) or None
+
+
+def text_problem(text: Any, words: Any, *, authors: bool = False) -> str:
+    """Why a post, or an author (a list of posts), cannot be predicted; empty when it can."""
+    if authors and isinstance(text, (list, tuple)):
+        found = [text_problem(one, None) for one in text] or ["the author has no post"]
+        return next(filter(None, found), "")
     if words is not None:
         good = (
             len(words) > 0
@@ -150,8 +162,9 @@ def second_text(cell: Any) -> Any:
 
 def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
     """Why a post with this second text, as ``second_text`` gives it, cannot be predicted; empty where it can."""
-    if pair is not None and not isinstance(pair, str):
-        return f"the second text must be text, not {type(pair).__name__}"
+    for text in pair if isinstance(pair, tuple) else (pair,):
+        if text is not None and not isinstance(text, str):
+            return f"the second text must be text, not {type(text).__name__}"
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
     if pair is not None or not asking:
         return ""
@@ -159,8 +172,10 @@ def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
     return f"{wanted}; give it (--pair-column), or ask for other tasks"
 
 
-def whole_cell(cell: str | list[str] | None) -> Any:
+def whole_cell(cell: str | list[str] | tuple[str, ...] | None) -> Any:
     """A cell without halves of surrogate pairs, as training reads it."""
     if isinstance(cell, str):
         return whole_characters(cell)
+    if isinstance(cell, tuple):
+        return tuple(map(whole_characters, cell))
     return None if cell is None else [whole_characters(word) for word in cell]

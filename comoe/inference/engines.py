@@ -73,7 +73,7 @@ class Job:
             threads=max(1, threads // options.workers),
             source=rows.source,
             root=rows.root,
-            total=rows.total,
+            total=posts.total,
             first=first,
             options=options,
         )

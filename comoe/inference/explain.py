@@ -22,7 +22,7 @@ from comoe.deferred import Deferred
 from comoe.inference.exported import Exported
 from comoe.inference.onnx_model import OnnxModel
 from comoe.tasks.kinds.regression import unstandardized
-from comoe.tasks.task import Task
+from comoe.tasks.task import TOGETHER, Task
 from comoe.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ def check_explained(method: str, tasks: Sequence[Task], model: MultiTaskModel | 
     if not any(task.mode in modes for task in tasks):
         names, able = ", ".join(task.name for task in tasks), " or ".join(map(MODES.get, modes))
         raise ValueError(f"{method} explains tasks with {able}; {names} has none.")
+    joined = [task.name for task in tasks if task.reads in TOGETHER]
+    if method != ATTENTION and joined:
+        raise ValueError(
+            f"{method} explains what one post says, and {', '.join(joined)} reads several posts together; take "
+            "attention, which says how much each of them weighs, or leave the task out."
+        )
     if method == EXPERTS and not model.moe_layers():
         raise ValueError("this model has no experts; explain it by attention or gradients.")
 
@@ -118,12 +124,19 @@ class Explainer:
         """
         if method in (None, GRADIENTS) or task.mode not in METHODS[method]:
             return {}
+        found = {}
+        if task.reads in TOGETHER:
+            weights_B = output.post_weights[task.name].float().tolist()
+            shown = [post.text for post in split.posts.members[post][: self.collator.max_posts]]
+            found = {"posts": [[text, weights_B[row + i]] for i, text in enumerate(shown)]}
+            if task.reads == "author":
+                return found
         ids_L, words = self._words(split, post)
         if method == ATTENTION:
             weights_L = output.attentions[task.name][row]
             if not isinstance(weights_L, np.ndarray):
                 weights_L = weights_L.float().cpu().numpy()
-            return attention_per_word(weights_L, ids_L, words=words)
+            return attention_per_word(weights_L, ids_L, words=words) | found
         layers = [block.layer for block in self.exported.model.moe_layers()]
         return {EXPERTS: experts(output, row, ids_L, words, layers=layers)}
 
@@ -154,7 +167,8 @@ class Explainer:
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks or task.mode not in METHODS[GRADIENTS]:
                 continue
-            for row in task.rules.serves(batch.task_ids_B, number).nonzero()[:, 0].tolist():
+            served_B = task.rules.serves(batch.task_ids_B, number) & batch.leads_B()
+            for row in served_B.nonzero()[:, 0].tolist():
                 prediction = predictions[posts_B[row]].get(task.name)
                 if prediction is not None:
                     ids_L, words = self._words(split, posts_B[row])

@@ -39,7 +39,7 @@ IMAGES = "preprocessor_config.json"
 """How images become numbers; in an export of a model that reads them."""
 
 
-DATA_KEYS = ("max_length", "normalize", "hide", "max_image_pixels", "max_image_bytes")
+DATA_KEYS = ("max_length", "max_posts", "normalize", "hide", "max_image_pixels", "max_image_bytes")
 """Options of ``data`` that decide how a post becomes numbers."""
 
 

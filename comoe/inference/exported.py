@@ -67,8 +67,10 @@ class Exported:
             from comoe.data.images.pixels import PixelReader
 
             pixels = PixelReader(self.image_processor, limits_of(self.data_config))
-        row_per_task = self.model_config.row_per_task
-        return Collator(self.tokenizer, self.tasks, row_per_task=row_per_task, pixels=pixels)
+        config, most = self.model_config, self.data_config.max_posts
+        return Collator(
+            self.tokenizer, self.tasks, row_per_task=config.row_per_task, pixels=pixels, max_posts=most
+        )  # fmt: skip
 
 
 def load_exported(

@@ -12,6 +12,8 @@ import numpy as np
 
 from comoe.config.errors import unknown_name
 from comoe.data.collator import Collator
+from comoe.data.posts import Post
+from comoe.data.reading.rows import with_neighbors
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.deferred import Deferred
 from comoe.inference.columns import Posts, whole_cell
@@ -80,6 +82,17 @@ class Forward:
         columns = (read, [posts.pairs[i] for i in usable], [words[i] for i in usable])
         # As training does.
         texts, pairs, words = ([whole_cell(cell) for cell in cells] for cells in columns)
+        # What is read together, as training puts it together.
+        texts = [
+            tuple(Post(one, author="") for one in text) if isinstance(text, (list, tuple)) else text
+            for text in texts
+        ]
+        if any(task.reads == "neighbors" for task in tasks):
+            near = list(zip(texts, words, pairs, strict=True))
+            texts = [
+                with_neighbors(text, some, pair) if pair else text for text, some, pair in near
+            ]
+            pairs = [None] * len(pairs)
         images = [posts.images[i] for i in usable]
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
@@ -102,7 +115,8 @@ class Forward:
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = np.flatnonzero(task.rules.serves(np.asarray(batch.task_ids_B), number)).tolist()
+            served_B = task.rules.serves(np.asarray(batch.task_ids_B), number)
+            rows = np.flatnonzero(served_B & np.asarray(batch.leads_B())).tolist()
             outputs = task.rules.outputs(
                 output, batch, rows, task=task, detokenize=self.collator.detokenize
             )
@@ -113,12 +127,15 @@ class Forward:
 
     def embed(self, split: TokenizedSplit, indices: np.ndarray) -> tuple[list[int], np.ndarray]:
         """Posts of one forward pass and their vectors, float32, (B, M)."""
+        if any(some and some[0].author is not None for some in split.posts.members):
+            raise ValueError("an embedding is of one post; give texts, no lists of them.")
         batch = self._batch(split, indices)
         with self._computing():
             vectors_BM = self.exported.model.embed(self._moved(batch))
         if not isinstance(vectors_BM, np.ndarray):
             vectors_BM = vectors_BM.float().cpu().numpy()
-        return batch.row_ids_B.tolist(), vectors_BM
+        leads_B = batch.leads_B()
+        return batch.row_ids_B[leads_B].tolist(), vectors_BM[np.asarray(leads_B)]
 
     def _batch(self, split: TokenizedSplit, indices: np.ndarray) -> Batch:
         return self.collator(split, indices, **({"arrays": True} if self._arrays else {}))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from comoe.config.recipe import TaskConfig
+from comoe.data.authors import by_author, one_label_each
 from comoe.data.columns import check_slices
 from comoe.data.images.check import ImageReader
 from comoe.data.posts import PostSplit
@@ -13,6 +14,7 @@ from comoe.data.reading.files import RawSplit
 from comoe.data.reading.inputs import (
     DataChoice,
     check_columns,
+    choose_author,
     choose_column,
     choose_labels,
     choose_pair,
@@ -72,17 +74,15 @@ def read_labeled(
         columns=slices,
         strict=not choice.skip_bad,
     )
-    posts = settle(
-        read_rows(raw, reader.read),
-        file=raw.file,
-        skip=choice.skip_bad,
-        option="--skip-bad",
-        report=report,
-    )[: choice.limit]
-    image = next(iter(configs.values())).image
-    if image is not None:
+    first = next(iter(configs.values()))
+    per_author = first.per == "author"
+    read = (one_label_each if per_author else iter)(read_rows(raw, reader.read))
+    handled = {"skip": choice.skip_bad, "option": "--skip-bad", "report": report}
+    posts = settle(read, file=raw.file, **handled)
+    posts = (by_author if per_author else list)(posts)[: choice.limit]
+    if first.image is not None:
         config = replace(predictor.exported.data_config, on_bad_image="text")
-        posts = ImageReader(config, report, advice={}).read(posts, column=image)
+        posts = ImageReader(config, report, advice={}).read(posts, column=first.image)
     if any(task.name in predictor.as_words for task in tasks):
         # Plain texts are cut into words, as the posts were in training.
         posts = [replace(post, words=post.words or split_words(post.text)) for post in posts]
@@ -99,6 +99,7 @@ def _columns(
     labels = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
     pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
     text = choose_text(config, tasks, asked=choice.text, columns=raw.columns)
+    author = choose_author(config, tasks, asked=choice.author, columns=raw.columns)
     wanted = {"--text-column": text, "--pair-column": pair, "--image-column": image}
     check_columns(raw, wanted)
     for label in labels.values():
@@ -108,7 +109,13 @@ def _columns(
         raise ValueError(
             f"The prompt of {', '.join(with_pair)} has {{pair}}; name its column with --pair-column."
         )
-    shared = TaskConfig(text=text, pair=pair, image=image)
+    shared = TaskConfig(
+        text=text, pair=pair, image=image, author=author, per="author" if author else "post"
+    )
+    near = {task.reads for task in tasks} & {"context", "neighbors"}
+    if near and pair is not None:
+        read_as = "neighbors" if "neighbors" in near else "segment"
+        shared = replace(shared, pair=None, context=pair, context_as=read_as)
     return {
         task.name: replace(shared, kind=task.kind, label=labels[task.name], prompt=task.prompt)
         for task in tasks

@@ -35,6 +35,7 @@ from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONN
 from comoe.models.encoders.own_layers import OwnLayer
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock, RoutingContext
+from comoe.tasks.task import TOGETHER
 from comoe.types import Batch, ModelOutput
 
 CLOSE = 1e-4
@@ -135,7 +136,7 @@ class Graph(nn.Module):
             context.task_embeddings_BD = model.task_embedding(context.task_ids_B)
         states_BLM = model.run_encoder(arguments, context)
         lower = context.inputs if model.mixes_layers else ()
-        logits, _, attentions, _ = model.head_outputs(states_BLM, attention_mask, lower)
+        logits, _, attentions, *_ = model.head_outputs(states_BLM, attention_mask, lower)
         found = {LOGITS + name: values for name, values in logits.items()}
         found |= {ATTENTION + name: values for name, values in attentions.items()}
         sums_BM = (states_BLM * mask[:, :, None]).sum(dim=1)
@@ -208,6 +209,12 @@ def check_exportable(exported: Exported) -> None:
         raise ValueError(
             f"--format onnx: the tasks {', '.join(decoded)} are answered by a decoder, which writes one token after "
             "another and is no single graph; predict with the export as it is."
+        )
+    joined = [task.name for task in exported.tasks if task.reads in TOGETHER]
+    if joined:
+        raise ValueError(
+            f"--format onnx: the tasks {', '.join(joined)} read several posts together, which the graph of a post does "
+            "not; predict with the export as it is."
         )
     if exported.image_processor is not None:
         raise ValueError(

@@ -28,6 +28,8 @@ class PredictOptions:
     """Column with the second text; None is that of training, if there is one."""
     image_column: str | None = None
     """Column with the image; None is that of training, else ``image``."""
+    author_column: str | None = None
+    """Column with the author, for tasks of authors; None is that of training."""
     keep: Sequence[str] | None = None
     """Columns to copy to the predictions; None is ``id``, if there is one."""
     raw_csv: bool = False

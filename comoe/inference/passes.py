@@ -16,6 +16,46 @@ WINDOW = 1024
 """Posts of an input without end that are read and predicted together; they are sorted by length within it."""
 
 
+READING = {
+    "post": "single posts",
+    "author": "all posts of an author",
+    "context": "a post with its context behind it",
+    "neighbors": "a post with its neighbors",
+}
+"""``Task.reads`` in words."""
+
+
+NOT_TOGETHER = (
+    ("author", "post"),
+    ("author", "context"),
+    ("author", "neighbors"),
+    ("context", "neighbors"),
+)
+"""What no one pass can read."""
+
+
+def refuse_mixed(tasks: list[Task]) -> list[Task]:
+    """The tasks; ValueError for some that read the same input in ways that exclude one another."""
+    found = {task.reads: task.name for task in tasks}
+    for one, other in NOT_TOGETHER:
+        if one in found and other in found:
+            raise ValueError(
+                f"task {found[one]} reads {READING[one]}, and task {found[other]} {READING[other]}; ask for one of "
+                "them at a time."
+            )
+    return tasks
+
+
+def check_windows(tasks: Sequence[Task], *, explained: bool) -> None:
+    """ValueError for what ``--long windows`` cannot do."""
+    if explained:
+        raise ValueError("a post in windows cannot be explained; leave --explain or --long out.")
+    if any(task.reads != "post" for task in tasks):
+        raise ValueError(
+            "--long windows divides posts that are read alone; leave it out, or ask for other tasks."
+        )
+
+
 def task_passes(
     posts: Posts, tasks: Sequence[Task], *, as_words: Container[str]
 ) -> list[tuple[Sequence[Any], Sequence[Task]]]:

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from comoe.config.recipe import OWN_COLUMNS
+from comoe.data.authors import NUM_POSTS, authors_in_order
 from comoe.data.posts import Post
 from comoe.data.reading.inputs import (
     USUAL_TEXT,
     check_columns,
+    choose_author,
     choose_column,
     choose_pair,
     choose_text,
 )
-from comoe.data.reading.rows import cell_text, posts_of
+from comoe.data.reading.rows import BadCell, cell_text, posts_of
 from comoe.data.reading.stream import RowStream, open_stream
 from comoe.inference.options import DEFAULT, PredictOptions
 from comoe.inference.predictor import Predictor
@@ -32,14 +34,36 @@ class PostStream:
     """With the columns that are read."""
     kept: tuple[str, ...]
     """Columns that are copied to the predictions."""
+    max_posts: int = 0
+    """Most posts of an author that are read."""
 
     def __iter__(self) -> Iterator[Post]:
         options = self.options
-        read = (options.text_column, options.pair_column, options.image_column, *self.kept)
-        rows = self.rows.read(column for column in read if column is not None)
-        return posts_of(rows, self.rows.file, self._post)
+        read = (
+            options.text_column,
+            options.pair_column,
+            options.image_column,
+            options.author_column,
+            *self.kept,
+        )
+        rows = self.rows.read(column for column in read if column not in (None, NUM_POSTS))
+        posts = posts_of(rows, self.rows.file, self._post)
+        if options.author_column is None:
+            return posts
+        return authors_in_order(posts, column=options.author_column, most=self.max_posts)
+
+    @property
+    def total(self) -> int | None:
+        """Entries of the input, where that is known beforehand."""
+        return self.rows.total if self.options.author_column is None else None
 
     def _post(self, row: Mapping[str, Any]) -> Post:
+        author = self.options.author_column and cell_text(row.get(self.options.author_column))
+        if self.options.author_column is not None and author is None:
+            raise BadCell(
+                None,
+                f"column {self.options.author_column} is empty, and these tasks are of authors",
+            )
         cell = row.get(self.options.text_column)
         words = cell if isinstance(cell, list) else None
         return Post(
@@ -47,6 +71,7 @@ class PostStream:
             words=words,
             pair=row.get(self.options.pair_column),
             image=row.get(self.options.image_column),
+            author=author,
             # Text and whole numbers stay, anything else becomes text.
             columns={
                 column: cell if isinstance(cell := row.get(column), (str, int)) else cell_text(cell)
@@ -89,12 +114,23 @@ def open_posts(
         known = {} if model is None else model.exported.config
         text = choose_text(known, tasks, asked=text, columns=rows.columns)
         pair = choose_pair(known, tasks, asked=pair, columns=rows.columns)
+    author = options.author_column
+    if model is not None and tasks and (rows.plain or rows.rows):
+        known = model.exported.config
+        author = choose_author(
+            known, tasks, asked=author, columns=() if rows.plain else rows.columns
+        )
     kept = _kept_columns(options.keep, rows, tasks)
     wanted = {"--text-column": text, "--pair-column": pair}
     for some in (wanted | {"--image-column": image}, *({"--keep": name} for name in kept)):
         check_columns(rows, some)
-    read = replace(options, text_column=text, pair_column=pair, image_column=image)
-    return PostStream(rows, read, tuple(kept))
+    if author is not None:
+        kept = list(dict.fromkeys([author, *kept, NUM_POSTS]))
+    read = replace(
+        options, text_column=text, pair_column=pair, image_column=image, author_column=author
+    )
+    most = 0 if model is None else model.exported.data_config.max_posts
+    return PostStream(rows, read, tuple(kept), most)
 
 
 def _kept_columns(

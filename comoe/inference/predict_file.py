@@ -116,9 +116,7 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
     windows = windows_of(posts, writer, journal, dedupe=options.dedupe)
     answers = ENGINES[options.engine](windows, predictor, Job.of(predictor, posts, first=resumed))
     # None: no bar where standard error is no terminal.
-    bar = tqdm(
-        total=posts.rows.total, initial=resumed, unit="post", disable=None, dynamic_ncols=True
-    )
+    bar = tqdm(total=posts.total, initial=resumed, unit="post", disable=None, dynamic_ncols=True)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
@@ -151,7 +149,7 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
 
 
 def _say_where(journal: Journal, posts: PostStream, target: Path) -> None:
-    of = "" if posts.rows.total is None else f" of {posts.rows.total:,}"
+    of = "" if posts.total is None else f" of {posts.total:,}"
     if journal.discarded:
         message = f"an unfinished run had predicted {journal.discarded:,} posts; begun anew, as --resume was not given"
     elif journal.posts:

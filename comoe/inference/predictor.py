@@ -26,7 +26,7 @@ from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
 from comoe.inference.hub import OnHub, find_export
 from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
-from comoe.inference.passes import WINDOW, forward_passes, task_passes
+from comoe.inference.passes import WINDOW, check_windows, forward_passes, refuse_mixed, task_passes
 from comoe.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -145,12 +145,14 @@ class Predictor(OnHub):
         return frozenset([*per_token, *self.exported.config.get("as_words", ())])
 
     def choose_tasks(self, names: Sequence[str] | None) -> list[Task]:
-        """The tasks of these names, in this order, each once; all with None. ValueError for a name that no task has."""
+        """The tasks of these names, in this order, each once; None: all (of posts, else of authors)."""
         known = {task.name: task for task in self.tasks}
         for name in names or ():
             if name not in known:
                 raise unknown_name("task of this model", name, known)
-        return list(self.tasks) if names is None else [known[name] for name in dict.fromkeys(names)]
+        if names is None:
+            return [task for task in self.tasks if task.reads != "author"] or list(self.tasks)
+        return refuse_mixed([known[name] for name in dict.fromkeys(names)])
 
     def __call__(
         self,
@@ -169,8 +171,8 @@ class Predictor(OnHub):
         """Predict every text; one that cannot be has ``error`` instead of predictions, and no text is lost.
 
         Args:
-            texts: raw posts.
-            pairs: second texts (stance target, aspect; a list of words or a number too) or None.
+            texts: raw posts; for tasks of authors lists of posts, one for each author.
+            pairs: second texts (stance target, aspect; a list of words, or the thread of a context).
             words: posts as words, for tags, instead of their texts; else texts are split.
             images: paths, bytes of files, or Pillow images, None where there is none. A post with a
                 bad one is predicted by its text alone and has ``image_error``.
@@ -189,10 +191,8 @@ class Predictor(OnHub):
         chosen, method = self.choose_tasks(tasks), method_of(explain)
         check_backend(method, self.exported.model)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
-        if method and self.long.mode == "windows":
-            raise ValueError(
-                "a post in windows cannot be explained; leave --explain or --long out."
-            )
+        if self.long.mode == "windows":
+            check_windows(chosen, explained=bool(method))
         if posts.usable and self.long.mode == "error":
             refuse_long(self._forward, posts, chosen, as_words=self.as_words)
         predictions, passes = posts.predictions, []

@@ -140,6 +140,10 @@ class Selector:
             raise unknown_name("--strategy", strategy, STRATEGIES)
         self.predictor, self.strategy = predictor, strategy
         self.tasks = predictor.choose_tasks(tasks)
+        if authors := [task.name for task in self.tasks if task.reads == "author"]:
+            raise ValueError(
+                f"{', '.join(authors)} is answered for each author, and selection is of posts; choose other tasks."
+            )
         self.sure = [task for task in self.tasks if task.labels and task.kind != "text"]
         if strategy == ENTROPY:
             self.sure = [task for task in self.sure if task.mode != "tokens"]

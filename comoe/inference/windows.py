@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from comoe.data.posts import Post
+from comoe.data.posts import Post, shown_text
 from comoe.inference.journal import KNOWN, Journal
 from comoe.inference.options import PredictOptions
 from comoe.inference.passes import WINDOW
@@ -161,7 +161,9 @@ def answered(
         own = {window.keys[i]: row for i, row in zip(window.asked, predictions, strict=True)}
         rows = []
         for post, key in zip(window.posts, window.keys, strict=True):
-            found = own[key] if key in own else {"text": post.text} | journal.recall(key)
+            found = (
+                own[key] if key in own else {"text": shown_text(post.text)} | journal.recall(key)
+            )
             rows.append(found)
         short = ((key, {n: v for n, v in row.items() if n != "text"}) for key, row in own.items())
         journal.remember(short, post=window.start)

@@ -50,7 +50,11 @@ def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
         ValueError: no such format, or one that has no place for what is asked.
     """
     names, format = options.tasks, options.format
-    tasks = [task for task in predictor.tasks if names is None or task.name in names]
+    wanted = predictor.choose_tasks(names)
+    tasks = [task for task in predictor.tasks if task in wanted]
+    if names is None and len(tasks) < len(predictor.tasks):
+        others = ", ".join(task.name for task in predictor.tasks if task not in tasks)
+        print(f"{others}: answered per author, with --task", file=sys.stderr)
     if format not in WRITERS:
         raise unknown_name("--format", format, WRITERS)
     if options.keep and WRITERS[format] is TweetEval:
@@ -198,7 +202,8 @@ class TweetEval(JsonLines):
         self.filler = predictor.exported.data_config.normalize.user or "@user"
 
     def prepare(self, post: Post) -> Post:
-        readable = not (post.error or text_problem(post.text, post.words))
+        authors = self.task.reads == "author"
+        readable = not (post.error or text_problem(post.text, post.words, authors=authors))
         lacks_pair = bool(pair_problem(second_text(post.pair), [self.task]))
         if readable and not lacks_pair:
             return post

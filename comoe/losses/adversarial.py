@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import AdversarialConfig
-from comoe.models.heads import mean_state
+from comoe.models.pooling import mean_state
 from comoe.types import DOMAINS, Batch, ModelOutput
 
 ON_DOMAINS = ("adversarial", "adversarial_accuracy", "adversarial_commonest")

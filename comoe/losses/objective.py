@@ -429,7 +429,11 @@ class Objective(nn.Module):
         output = self.model(batch, selected[0], probed=probed)
         if not self.viewed or not self.compares(batch.step):
             return (output,)
-        rows_R = labelled_rows(batch, self.viewed).any(dim=1).nonzero().squeeze(1)
+        rows_B = labelled_rows(batch, self.viewed).any(dim=1)
+        if batch.bags_B is not None:
+            # What is read together is viewed together.
+            rows_B = torch.isin(batch.bags_B, batch.bags_B[rows_B])
+        rows_R = rows_B.nonzero().squeeze(1)
         # Every rank runs this pass too: one without such rows runs its first one, times zero.
         scale = float(len(rows_R) > 0)
         rows_R = rows_R if scale else rows_R.new_zeros(1)

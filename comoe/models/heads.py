@@ -1,4 +1,4 @@
-"""Pooling, task heads, what tasks have behind the encoder, and second logits for gradients at the shared states."""
+"""Task heads, what tasks have behind the encoder, and second logits for gradients at the shared states."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.moe.experts import GatedFeedForward
+from comoe.models.pooling import OVER_POSTS, POOLINGS, LayerMixture
 from comoe.tasks.task import Task
 from comoe.types import Probe
 
@@ -19,127 +20,6 @@ the probability of an unlikely one, so that texts which mislead cost little."""
 
 LEAST_SPREAD = 1e-3
 """Least standard deviation that is scaled to it, as a share of the states' length."""
-
-
-class AttentionPooling(nn.Module):
-    """Weighted mean of the real tokens' states; a learned query decides the weights.
-
-    Args:
-        model_width: M.
-
-    Source: task-specific attention of Stein & Keller and TaCL-CoMoE; the weights are the
-    explanation shown to users.
-    """
-
-    mixes_layers = False
-    """Whether the states are a mixture of all layers'."""
-    learned = True
-    """Whether each task learns to pool the same states in its own way."""
-
-    def __init__(self, model_width: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(model_width))
-        nn.init.normal_(self.query, std=0.02)
-
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool each row.
-
-        Args:
-            hidden_BLM: the encoder's last states.
-            mask_BL: 1 on real tokens, at least one per row.
-
-        Returns:
-            Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding;
-            rows sum to 1.
-        """
-        # One float32 copy in bf16, none in float32.
-        wide_BLM = hidden_BLM.float()
-        scores_BL = wide_BLM @ self.query.float()
-        attention_BL = torch.softmax(scores_BL.masked_fill(mask_BL == 0, float("-inf")), dim=1)
-        pooled_BM = torch.einsum("bl,blm->bm", attention_BL, wide_BLM)
-        return pooled_BM.to(hidden_BLM.dtype), attention_BL
-
-
-class LayersPooling(AttentionPooling):
-    """``AttentionPooling`` of the task's own mixture of all layers' states."""
-
-    mixes_layers = True
-
-
-class MeanPooling(nn.Module):
-    """Mean of the real tokens' states; arguments and results as for ``AttentionPooling``.
-
-    Args:
-        model_width: M.
-    """
-
-    mixes_layers = learned = False
-
-    def __init__(self, model_width: int) -> None:
-        super().__init__()
-
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled states (B, M) and equal weights (B, L) of the real tokens."""
-        weights_BL = mask_BL.float() / mask_BL.sum(dim=1, keepdim=True)
-        pooled_BM = torch.einsum("bl,blm->bm", weights_BL, hidden_BLM.float())
-        return pooled_BM.to(hidden_BLM.dtype), weights_BL
-
-
-class FirstPooling(MeanPooling):
-    """State of the first token, which BERT and its like are trained to put a text's sense into."""
-
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled states (B, M) and weights (B, L), 1 on the first token."""
-        is_first_L = torch.arange(mask_BL.shape[1], device=mask_BL.device) == 0
-        return hidden_BLM[:, 0], is_first_L.float().expand(mask_BL.shape)
-
-
-class LastPooling(MeanPooling):
-    """State of the last real token, which alone has seen all others in a decoder-only model."""
-
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled states (B, M) and weights (B, L), 1 on the last real token."""
-        last_B = mask_BL.sum(dim=1) - 1
-        weights_BL = F.one_hot(last_B, mask_BL.shape[1]).float()
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        return hidden_BLM[rows_B, last_B], weights_BL
-
-
-POOLINGS: dict[str, type[nn.Module]] = {
-    "attention": AttentionPooling,
-    "mean": MeanPooling,
-    "first": FirstPooling,
-    "last": LastPooling,
-    "layers": LayersPooling,
-}
-"""Word in ``model.pooling`` -> module."""
-
-
-def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
-    """Mean over real tokens, (N, M)."""
-    weights_NL = mask_NL.to(hidden_NLM.dtype)
-    return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
-
-
-class LayerMixture(nn.Module):
-    """A task's mixture of the states of all layers: gamma times their mean by softmax(w), at the start the plain mean.
-
-    Args:
-        num_states: layers, and one for what the first one reads.
-
-    Source: Peters et al. 2018, ELMo, arXiv:1802.05365, equation 1.
-    """
-
-    def __init__(self, num_states: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(num_states))
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Mix states (B, L, M), the lowest first; in their dtype, of shares in float32 or wider."""
-        wide = torch.promote_types(states[0].dtype, torch.float32)
-        shares = torch.softmax(self.weights.to(wide), dim=0) * self.scale.to(wide)
-        return sum(share * state_BLM for share, state_BLM in zip(shares, states, strict=True))
 
 
 class HeadOutput(NamedTuple):
@@ -152,6 +32,8 @@ class HeadOutput(NamedTuple):
     attention_BL: Tensor | None
     """Pooling weights that explain the prediction; None for a head on tokens, whose prediction does
     not come from them."""
+    weights_B: Tensor | None = None
+    """Weight of each row among those that are read together; None where each is alone."""
 
 
 class TaskHead(nn.Module):
@@ -180,6 +62,7 @@ class TaskHead(nn.Module):
         self.pooling = (
             POOLINGS[pooling](model_width) if self.mode == "pooled" or task.contrastive else None
         )
+        self.over_posts = OVER_POSTS[task.reads](model_width) if task.reads in OVER_POSTS else None
         self.dropout = nn.Dropout(dropout)
         num_outputs = task.rules.num_outputs(task.labels)
         self.output = nn.Linear(model_width, num_outputs) if num_outputs else None
@@ -217,47 +100,65 @@ class TaskHead(nn.Module):
         """Pooled states (B, M) and weights (B, L); None for a head that does not pool."""
         return (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
 
-    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
-        """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        return self.predict(hidden_BLM, *self.pool(hidden_BLM, mask_BL))
+    def forward(
+        self, hidden_BLM: Tensor, mask_BL: Tensor, bags_B: Tensor | None = None
+    ) -> HeadOutput:
+        """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank.
+
+        Rows that are read together (``bags_B``, None where each is alone) have the same.
+        """
+        return self.predict(hidden_BLM, *self.pool(hidden_BLM, mask_BL), bags_B)
 
     def predict(
-        self, hidden_BLM: Tensor, pooled_BM: Tensor | None, attention_BL: Tensor | None
+        self,
+        hidden_BLM: Tensor,
+        pooled_BM: Tensor | None,
+        attention_BL: Tensor | None,
+        bags_B: Tensor | None,
     ) -> HeadOutput:
-        """Logits from the states and what ``pool`` made of them."""
+        """Logits from the states and what ``pool`` made of them, as ``forward``."""
+        weights_B = None
+        if self.over_posts is not None:
+            if bags_B is None:
+                bags_B = torch.arange(len(pooled_BM), device=pooled_BM.device)
+            pooled_BM, weights_B = self.over_posts(pooled_BM, bags_B)
         if self.mode == "tokens":
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
         logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
-        return HeadOutput(logits.float(), pooled_BM, attention_BL)
+        return HeadOutput(logits.float(), pooled_BM, attention_BL, weights_B)
 
 
 def run_heads(
     heads: Sequence[TaskHead],
     read: Callable[[int], Tensor],
     mask_BL: Tensor,
+    bags_B: Tensor | None,
     attention: TaskAttention | None,
     only: int | None = None,
 ) -> list[HeadOutput]:
     """Outputs of all heads, or of one of them; with attention between the tasks that pool.
 
+    What tasks have pooled of a post looks at one another before posts are read together.
+
     Args:
         heads: the heads.
         read: place of a head -> the states that it reads, (B, L, M).
         mask_BL: 1 on real tokens.
+        bags_B: ``Batch.bags_B``.
         attention: between what they pool, None for none.
         only: place of the one.
     """
     places = range(len(heads)) if only is None else (only,)
     if attention is None:
-        return [heads[place](read(place), mask_BL) for place in places]
+        return [heads[place](read(place), mask_BL, bags_B) for place in places]
     states = [read(place) for place in range(len(heads))]
     pools = [list(head.pool(own, mask_BL)) for head, own in zip(heads, states, strict=True)]
     taking_part = [pool for head, pool in zip(heads, pools, strict=True) if head.mode == "pooled"]
     seen_BTM = attention(torch.stack([pooled_BM for pooled_BM, _ in taking_part], dim=1))
     for pool, seen_BM in zip(taking_part, seen_BTM.unbind(1), strict=True):
         pool[0] = seen_BM
-    return [heads[place].predict(states[place], *pools[place]) for place in places]
+    return [heads[place].predict(states[place], *pools[place], bags_B) for place in places]
 
 
 def probe(

@@ -146,9 +146,9 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = self._probe(encoding, mask_BL)
-        of_heads = self.head_outputs(shared_BLM, mask_BL, encoding.lower)
-        logits, embeddings, attentions, private = of_heads
+            more["probe"] = self._probe(encoding, mask_BL, batch.bags_B)
+        of_heads = self.head_outputs(shared_BLM, mask_BL, encoding.lower, batch.bags_B)
+        logits, embeddings, attentions, more["post_weights"], private = of_heads
         decoded = None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
@@ -199,11 +199,16 @@ class MultiTaskModel(nn.Module):
         return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
 
     def head_outputs(
-        self, states_BLM: Tensor, mask_BL: Tensor, lower: Sequence[Tensor] = ()
+        self,
+        states_BLM: Tensor,
+        mask_BL: Tensor,
+        lower: Sequence[Tensor] = (),
+        bags_B: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], ...]:
-        """Logits, embeddings, attentions and private updates of tasks with heads; ``lower``: what each layer reads."""
-        logits, embeddings, attentions = {}, {}, {}
-        outputs, private = self._run_heads(states_BLM, mask_BL, lower)
+        """Logits, embeddings, attentions, weights of posts and private updates of tasks with heads; ``lower``: what
+        each layer reads."""
+        logits, embeddings, attentions, weights = {}, {}, {}, {}
+        outputs, private = self._run_heads(states_BLM, mask_BL, lower, bags_B)
         for number, output in zip(self._headed, outputs, strict=True):
             name = self.tasks[number].name
             logits[name] = output.logits
@@ -211,13 +216,15 @@ class MultiTaskModel(nn.Module):
                 embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
             if output.attention_BL is not None:
                 attentions[name] = output.attention_BL
-        return logits, embeddings, attentions, private
+            weights |= {} if output.weights_B is None else {name: output.weights_B}
+        return logits, embeddings, attentions, weights, private
 
     def _run_heads(
         self,
         states_BLM: Tensor,
         mask_BL: Tensor,
         lower: Sequence[Tensor],
+        bags_B: Tensor | None,
         only: int | None = None,
     ) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """Outputs of all heads, or of one, and, by their tasks' names, what private parts add to the states."""
@@ -228,14 +235,14 @@ class MultiTaskModel(nn.Module):
             private.update(update)
             return sum(update.values(), self.heads[place].mixed((*lower, states_BLM)))
 
-        return run_heads(self.heads, read, mask_BL, self.task_attention, only), private
+        return run_heads(self.heads, read, mask_BL, bags_B, self.task_attention, only), private
 
-    def _probe(self, encoding: Encoding, mask_BL: Tensor) -> Probe:
+    def _probe(self, encoding: Encoding, mask_BL: Tensor, bags_B: Tensor | None) -> Probe:
         assert not self.own_layers, "the recipe's rules refuse it"
         lower = [states_BLM.detach() for states_BLM in encoding.lower]
 
         def predict(number: int, states_BLM: Tensor) -> Tensor:
-            return self._run_heads(states_BLM, mask_BL, lower, number)[0][0].logits
+            return self._run_heads(states_BLM, mask_BL, lower, bags_B, number)[0][0].logits
 
         return probe(encoding.fused_BLM, self.tasks, predict)
 

@@ -291,7 +291,9 @@ def _problem_of(error: RequestValidationError, content_type: str) -> Problem:
         )
     messages = []
     for fault in faults[:MOST_FAULTS]:
-        place = [str(part)[:40] for part in fault["loc"][1:] if part not in ("string", "object")]
+        place = [
+            str(part)[:40] for part in fault["loc"][1:] if part not in ("string", "object", "list")
+        ]
         # pydantic speaks of Python's dictionaries.
         wrong = fault["type"] == "model_attributes_type"
         rule = "must be an object, or a string where it is a post" if wrong else fault["msg"]

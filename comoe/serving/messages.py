@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -44,11 +45,24 @@ Image = Annotated[
 ]
 
 
+Texts = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[str], Tag("list")],
+    Discriminator(lambda given: "list" if isinstance(given, list) else "string"),
+]
+"""A text, or several."""
+
+
 class Post(Strict):
     """A post with more than its text."""
 
-    text: str | None = Field(None, description="The post; may be left out where there are words.")
-    pair: str | None = Field(None, description="Second text: stance target, aspect.")
+    text: Texts | None = Field(
+        None,
+        description="The post; may be left out where there are words. For tasks of authors a list: the posts of one.",
+    )
+    pair: Texts | None = Field(
+        None,
+        description="Second text: stance target, aspect; of a context the parent, or a list, the thread down to it.",
+    )
     words: list[str] | None = Field(None, description="The post as words, for tags.")
     image: Image | None = Field(
         None, description="An image file in base64, for models with images."
@@ -63,13 +77,23 @@ class Post(Strict):
     def characters(self) -> int:
         """Length of all its texts, with a blank behind each word."""
         words = self.words or ()
-        return len(self.text or "") + len(self.pair or "") + sum(map(len, words)) + len(words)
+        return sum(map(len, texts_in(self.text, self.pair, words))) + len(words)
 
     def columns(self) -> dict[str, Any]:
         """Text, second text, words, image, as the predictor reads them; half a character is none."""
-        text, pair = (value and whole_characters(value) for value in (self.text, self.pair))
+        text, pair = (
+            [*map(whole_characters, value)] if isinstance(value, list) else value and whole_characters(value)
+            for value in (self.text, self.pair)
+        )  # fmt: skip
         words = self.words and [whole_characters(word) for word in self.words]
         return {"text": text, "pair": pair, "words": words, "image": self.image}
+
+
+def texts_in(*fields: str | Sequence[str] | None) -> list[str]:
+    """All texts in some fields of a post, those of lists one by one."""
+    return [
+        text for field in fields for text in ((field,) if isinstance(field, str) else field or ())
+    ]
 
 
 AnyPost = Annotated[

@@ -16,6 +16,7 @@ from comoe.inference.export_config import CONFIG, WEIGHTS, read_export_config
 from comoe.inference.predictor import Predictor
 from comoe.serving.batcher import Batcher
 from comoe.serving.limits import Limits
+from comoe.serving.messages import texts_in
 from comoe.serving.metrics import Metrics
 from comoe.tasks.task import Task
 
@@ -101,9 +102,12 @@ class Served:
 
         By gradients each of ``tasks`` with a head on the whole post is explained on its own.
         """
-        texts = (post["text"], post["pair"], *(post["words"] or ()))
-        size = sum(len(text.encode()) for text in texts if text)
-        longest = self.predictor.exported.data_config.max_length
+        texts = texts_in(post["text"], post["pair"], post["words"])
+        size = sum(len(text.encode()) for text in texts)
+        config = self.predictor.exported.data_config
+        longest = config.max_length
+        if any(isinstance(post[field], list) for field in ("text", "pair")):
+            longest *= config.max_posts
         if what == GRADIENTS:
             rows += GRADIENT_COST * sum(task.mode in METHODS[GRADIENTS] for task in tasks)
         return rows * (2 + min(size // BYTES_PER_TOKEN, longest))

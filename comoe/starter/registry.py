@@ -25,6 +25,7 @@ from comoe.config.files import lock_beside, locked
 from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
 from comoe.starter.kit import CHINESE_POSTS, Say, build_chinese_encoder, build_encoder, build_posts
+from comoe.starter.linked_posts import build_linked_posts
 from comoe.starter.mpnet import build_mpnet
 from comoe.starter.related_posts import build_related_posts
 from comoe.starter.smollm2 import build_smollm2
@@ -236,6 +237,7 @@ FOLDERS: dict[str, tuple[str, Build]] = {
     "smoke:related_posts": ("smoke-4/related_posts", lambda folder, **_: build_related_posts(folder)),
     "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
     "smoke:implied_posts": ("smoke-3/implied_posts", lambda folder, **_: build_implied_posts(folder)),
+    "smoke:linked_posts": ("smoke-2/linked_posts", lambda folder, **_: build_linked_posts(folder)),
 }  # fmt: skip
 """Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to
 fill it."""
@@ -254,7 +256,7 @@ READY_MADE = {
     "model.vision.tower": ("smoke:vision",),
     "data.root": (
         "kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts", "smoke:implied_posts",
-        "smoke:related_posts",
+        "smoke:related_posts", "smoke:linked_posts",
     ),
     "--model": ("kit:smollm2", "smoke:t5", "smoke:bart"),
 }  # fmt: skip

@@ -69,6 +69,9 @@ class Task:
     label_std: float = 1.0
     """Regression: a difference of 1 in the head's output is one of this in the label."""
 
+    reads: str = "post"
+    """What is read for one prediction: a post; an author, several posts at once; a post with its
+    context behind it; or with its neighbors, each read by itself (words of ``READS``)."""
     prompt: str | None = None
     """What the encoder reads of a post where a decoder predicts, see ``comoe.tasks.prompts``; else
     None."""
@@ -134,6 +137,8 @@ class Task:
                 f"task {plain.get('name')!r}: {place} is {found['input']!r}; {found['msg']}."
             ) from error
         _resolve_metric(task.name, task.metric, kind=task.rules, labels=task.labels)
+        if task.reads not in READS:
+            raise unknown_name("Task.reads", task.reads, READS)
         if task.confidence_strategy not in CONFIDENCE_STRATEGIES:
             raise unknown_name(
                 "confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES
@@ -220,12 +225,28 @@ def build_task(
         confidence_strategy=config.confidence_strategy,
         label_mean=label_mean,
         label_std=label_std,
+        reads=_reads(config),
         prompt=config.prompt,
         label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
         length_normalized=config.length_normalized,
         max_answer_length=config.max_answer_length,
         num_beams=config.num_beams,
     )
+
+
+READS = ("post", "author", "context", "neighbors")
+"""Words of ``Task.reads``."""
+
+TOGETHER = ("author", "neighbors")
+"""Those that are several rows of a batch."""
+
+
+def _reads(config: TaskConfig) -> str:
+    if config.per == "author":
+        return "author"
+    if config.context is None:
+        return "post"
+    return "context" if config.context_as == "segment" else "neighbors"
 
 
 def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> None:

@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
 from comoe.config.recipe import Recipe
@@ -499,7 +498,8 @@ def _text_work(
     """What the encoder, and a decoder, go through for a number of posts."""
     encoder, blocks = model.encoder.config, model.moe_layers()
     by_task, distilled = recipe.model.row_per_task, bool(recipe.distill.teachers)
-    rows = _row_tokens(model, train, by_task=by_task, distilled=distilled)
+    most = recipe.data.max_posts
+    rows = _row_tokens(model, train, by_task=by_task, distilled=distilled, most=most)
     num_layers, ffn_widths = stack_shapes(encoder)
     adapters, width = adapters_of(model.encoder), model.config.hidden_size
     common = {
@@ -570,17 +570,17 @@ class RowTokens(NamedTuple):
 
 
 def _row_tokens(
-    model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, distilled: bool
+    model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, distilled: bool, most: int
 ) -> RowTokens:
     decoded = decoder_tasks(model.tasks)
     heads = [number for number in range(len(model.tasks)) if number not in decoded]
     if not decoded and not by_task:
-        read = float(train.lengths.mean())
+        read = float((train.lengths * train.texts_read(most)).mean())
         return RowTokens(read, 0.0, 0.0, 1.0, texts=read)
     # Teachers know most tasks, and say something of every post.
     labelled = train.labelled[:, heads] | distilled
     own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
-    lengths = np.diff(train.tokens.offsets)
+    lengths = train.head_lengths * train.texts_read(most)
     read = float((own * lengths).mean())
     # As in the model: rows that differ below the blocks share nothing.
     once = by_task and not model.image_tokens and not any(t.weighs("input") for t in model.tasks)

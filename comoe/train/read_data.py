@@ -111,8 +111,9 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
         pixels = PixelReader(processor, limits_of(recipe.data))
     row_per_task = recipe.model.row_per_task
     return splits, Collator(
-        tokenizer, corpus.tasks, row_per_task=row_per_task, pixels=pixels, domains=domains
-    )
+        tokenizer, corpus.tasks, row_per_task=row_per_task, pixels=pixels, domains=domains,
+        max_posts=recipe.data.max_posts,
+    )  # fmt: skip
 
 
 def _one_per_node_first(work: Callable[[], Made]) -> Made:

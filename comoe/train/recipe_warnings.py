@@ -12,8 +12,8 @@ from comoe.config.reference import options
 from comoe.losses.image_text import HARD
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.encoders.families import FAMILIES
-from comoe.models.heads import POOLINGS
 from comoe.models.moe.gate import GATES
+from comoe.models.pooling import POOLINGS
 from comoe.models.vision.fusion import FUSIONS
 from comoe.starter.registry import FOLDERS, home
 from comoe.tasks.kinds.registry import KINDS

@@ -77,7 +77,15 @@ def _held_out_by(recipe: Recipe) -> tuple:
     """What decides which posts a run learns from, and which it is evaluated on."""
     data, tasks = recipe.data, recipe.tasks
     read = {
-        name: (task.path, task.format, task.subset, task.splits, task.hold_out, task.label)
+        name: (
+            task.path,
+            task.format,
+            task.subset,
+            task.splits,
+            task.hold_out,
+            task.label,
+            task.author,
+        )
         for name, task in tasks.items()
     }
     fractions = (data.validation_fraction, data.test_fraction, data.stratify)

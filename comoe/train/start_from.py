@@ -16,7 +16,7 @@ from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.router import build_gate
 from comoe.models.moe.upcycle import upcycle
-from comoe.tasks.task import Task
+from comoe.tasks.task import TOGETHER, Task
 from comoe.train.parallel.setup import ADAPTERS, parameter_group, set_weights
 
 PRE_TRAINED = ("encoder", "tower")
@@ -79,12 +79,12 @@ class _Source:
         self.tasks = [Task.from_dict(plain) for plain in config["tasks"]]
 
     def number_of(self, task: Task) -> int | None:
-        """Place of the task of the same name, kind and labels."""
-        same = (task.name, task.kind, task.labels)
-        return next(
-            (n for n, own in enumerate(self.tasks) if (own.name, own.kind, own.labels) == same),
-            None,
-        )
+        """Place of the task of the same name, kind and labels, that reads as many posts."""
+
+        def key(one: Task) -> tuple:
+            return one.name, one.kind, one.labels, one.reads in TOGETHER and one.reads
+
+        return next((n for n, own in enumerate(self.tasks) if key(own) == key(task)), None)
 
     def block(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of a block by their names in it; empty where there is none."""

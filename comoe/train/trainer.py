@@ -165,8 +165,10 @@ class Trainer:
 
     def _collate(self, step: int) -> list[Batch]:
         run = self.run
+        draw = (run.recipe.train.seed, step)
         return [
-            run.collator(run.splits["train"], posts) for posts in run.sampler.share(step, rank())
+            run.collator(run.splits["train"], posts, draw=draw)
+            for posts in run.sampler.share(step, rank())
         ]
 
     def _with_totals(self, batches: list[Batch]) -> tuple[list[Batch], bool]:

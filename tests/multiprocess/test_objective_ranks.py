@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from comoe.config.recipe import LossConfig
@@ -17,7 +18,13 @@ pytestmark = pytest.mark.multiprocess
 
 ROWS = list(range(12))
 # Seven rows against five; one post alone on its rank, which has no pair there.
-CASES = [(route_by, cut) for route_by in ("token", "task") for cut in (7, 11)]
+CASES = [(route_by, cut) for route_by in ("token", "task", "authors") for cut in (7, 11)]
+# Rows that are read together, none of them on two ranks; the last one alone.
+BAGS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4])
+READING = [
+    replace(task, reads={"topic": "author", "heat": "neighbors"}.get(task.name, "post"))
+    for task in TASKS
+]
 
 
 def all_cases():
@@ -29,7 +36,9 @@ def all_cases():
 def loss_and_gradients(shares, route_by):
     """This rank's step on its share of one batch; every number averaged over ranks, as ZeRO does."""
     terms = LossConfig(balance_weight=0.1, z_weight=0.1, task_separation_weight=0.1)
-    objective = tiny_objective(moe_config(route_by=route_by), loss=terms)
+    authors, tasks = route_by == "authors", READING if route_by == "authors" else TASKS
+    moe = moe_config(route_by="token" if authors else route_by)
+    objective = tiny_objective(moe, tasks=tasks, loss=terms)
     rank = dist.get_rank() if len(shares) > 1 else 0
     whole = random_batch(rows=12)
     # Rows with different labels: else every task has the same tokens, and so the same gates.
@@ -38,8 +47,12 @@ def loss_and_gradients(shares, route_by):
         IGNORED,
         float("nan"),
     )
-    batch = take(whole, shares[rank])
-    units = sum_over_ranks(count_units(batch, TASKS))
+    if authors:
+        whole = replace(whole, bags_B=BAGS)
+        whole.labels["topic"][~whole.leads_B()] = IGNORED
+        whole.labels["heat"][~whole.leads_B()] = float("nan")
+    batch = whole.take(torch.tensor(shares[rank])) if authors else take(whole, shares[rank])
+    units = sum_over_ranks(count_units(batch, tasks))
     step = objective(
         replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1))
     )

@@ -37,6 +37,8 @@ class DataChoice:
     """Column with the label."""
     image: str | None = None
     """Column with the image."""
+    author: str | None = None
+    """Column with the author."""
     limit: int | None = None
     """The first so many posts only."""
     skip_bad: bool = False
@@ -112,9 +114,11 @@ def column_in_training(tasks: Iterable[TaskConfig]) -> str:
 
 
 def columns_in_training(tasks: Mapping[str, TaskConfig]) -> dict[str, dict[str, str | None]]:
-    """Task -> columns of its training posts: text, second text (``pair``) and label, as an export keeps them."""
+    """Task -> columns of its training posts: text, second text or context (``pair``), label, and author where it is
+    asked for, as an export keeps them."""
     return {
-        name: {"text": task.text, "pair": task.pair, "label": task.label}
+        name: {"text": task.text, "pair": task.pair or task.context, "label": task.label}
+        | ({"author": task.author} if task.per == "author" else {})
         for name, task in tasks.items()
     }
 
@@ -183,6 +187,32 @@ def choose_pair(
         file=sys.stderr,
     )
     return trained
+
+
+def choose_author(
+    config: Mapping[str, Any], tasks: Iterable[Task], *, asked: str | None, columns: Sequence[str]
+) -> str | None:
+    """The column of authors to read: ``asked``, else that of training; None for tasks that are not of authors.
+
+    Raises:
+        ValueError: asked for without such a task, or not there.
+    """
+    of_authors = [task.name for task in tasks if task.reads == "author"]
+    if not of_authors:
+        if asked is not None:
+            raise ValueError(
+                f"--author-column {asked}: these tasks are answered for each post; leave the option out."
+            )
+        return None
+    known = config.get("columns", {})
+    column = asked or known.get(of_authors[0], {}).get("author")
+    if column not in columns:
+        there = ", ".join(columns) or "none"
+        raise ValueError(
+            f"{', '.join(of_authors)} is answered for each author, and the input has no column {column} (columns: "
+            f"{there}). Name the column that says who wrote a post: --author-column."
+        )
+    return column
 
 
 def choose_labels(

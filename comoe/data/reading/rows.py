@@ -112,6 +112,8 @@ class RowReader:
         self._kinds = {name: kind_of(task.kind) for name, task in tasks.items()}
         first = next(iter(tasks.values()))
         self._text, self._pair, self._image = first.text, first.pair, first.image
+        self._author, self._context = first.author, first.context
+        self._apart = first.context_as == "neighbors"
         self._max_characters = max_characters
         self._columns, self._strict = tuple(columns), strict
         self._split = word_splitter(self._kinds.values())
@@ -123,10 +125,19 @@ class RowReader:
 
         Raises:
             BadCell: no text, too long a text, an unknown label, another number of tags than of
-                words, no second text where a prompt wants it.
+                words, no second text where a prompt wants it, no author where tasks ask for one.
         """
         text, words = self._first_text(row.get(self._text))
-        pair = self._second_text(row.get(self._pair)) if self._pair is not None else None
+        pair: Any = self._second_text(row.get(self._pair)) if self._pair is not None else None
+        members: tuple[Post, ...] = ()
+        if self._context is not None:
+            pair = self._thread(row.get(self._context))
+            if pair is not None and self._apart:
+                members, pair = with_neighbors(text, words, pair), None
+        author = None if self._author is None else cell_text(row.get(self._author))
+        if self._author is not None and author is None:
+            rule = f"column {self._author} is empty, and tasks ask for the author of each post (tasks.<name>.author)."
+            raise BadCell(row.get(self._author), rule)
         labels = {
             name: self._label(name, row.get(task.label), words)
             for name, task in self._tasks.items()
@@ -155,6 +166,8 @@ class RowReader:
             },
             image=None if self._image is None else row.get(self._image),
             columns={name: cell_text(row.get(name)) for name in self._columns},
+            author=author,
+            members=members,
         )
 
     def _soft_label(self, name: str, value: Any) -> np.ndarray | None:
@@ -183,6 +196,13 @@ class RowReader:
         if len(text) > self._max_characters:
             raise self._too_long(text, self._pair)
         return None if is_blank(text) else text
+
+    def _thread(self, value: Any) -> tuple[str, ...] | None:
+        texts = [self._clean(text, self._context) for text in thread_of(value)]
+        for text in texts:
+            if len(text) > self._max_characters:
+                raise self._too_long(text, self._context)
+        return tuple(text for text in texts if not is_blank(text)) or None
 
     def _clean(self, value: Any, column: str | None) -> str:
         """A cell as text."""
@@ -227,6 +247,18 @@ class RowReader:
                 ) from error
         self.unfit[name] += 1
         return None
+
+
+def thread_of(value: Any) -> list[Any]:
+    """The posts of a context cell, the nearest first: of a list, which goes down to the parent, or one alone."""
+    return list(reversed(value)) if isinstance(value, (list, tuple, np.ndarray)) else [value]
+
+
+def with_neighbors(
+    text: str, words: Sequence[str] | None, context: Sequence[str]
+) -> tuple[Post, ...]:
+    """``Post.members`` of a post with a context, the nearest first."""
+    return (Post(text=text, words=words), *(Post(text=near) for near in context))
 
 
 def cell_text(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from comoe.data.posts import PostSplit
+from comoe.data.posts import Post, PostSplit, shown_text
 from comoe.data.text import emoji_runs
 from comoe.data.text.chinese import without_codes, without_topics
 from comoe.data.text.normalize import is_blank
@@ -82,7 +82,23 @@ def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
         text_of(text) if given is None else " ".join(given)
         for text, given in zip(posts.texts, words, strict=True)
     ]
-    return replace(posts, texts=texts, words=words)
+
+    def changed(post: Post) -> Post:
+        return replace(post, text=text_of(post.text), words=words_of(post.text, post.words))
+
+    # Of an author all posts; of a post with neighbors itself, as a second text stays too.
+    members = [
+        tuple(
+            changed(post) if place == 0 or post.author is not None else post
+            for place, post in enumerate(some)
+        )
+        for some in posts.members
+    ]
+    for number, some in enumerate(members):
+        if some:
+            authors = some[0].author is not None
+            texts[number] = shown_text(some) if authors else some[0].text
+    return replace(posts, texts=texts, words=words, members=members)
 
 
 def typos_in_text(text: str, rate: float, rng: np.random.Generator) -> str:

@@ -115,7 +115,8 @@ class JsonTokenizer:
         Args:
             texts: a text or a list of them; or a list of lists of words.
             pairs: second texts of a list, all or none; words where the texts are words.
-            truncation: ``longest_first`` cuts to ``max_length`` tokens; false cuts nothing.
+            truncation: ``longest_first`` cuts to ``max_length`` tokens, ``only_second`` the second texts alone; false
+                cuts nothing.
             max_length: of a row, special tokens included.
             is_split_into_words: the texts are words.
             add_special_tokens: around the texts.

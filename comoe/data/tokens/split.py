@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from comoe.config.recipe import DataConfig
-from comoe.data.posts import PostSplit, hidden
+from comoe.data.posts import PostSplit, bounds_of, flattened, hidden
 from comoe.data.report import DataReport
 from comoe.data.soft_labels import SoftLabels
 from comoe.data.tokens.prompts import Wording
@@ -48,6 +48,9 @@ class TokenizedSplit:
     """Task of free text -> target tokens of the posts that have a text."""
     soft: Mapping[str, SoftLabels] = field(default_factory=dict)
     """Task -> soft labels of the posts; see ``with_soft_labels``."""
+    bounds: np.ndarray | None = None
+    """First row of ``tokens`` of each post, int64, (N + 1,), where some are read with others; None
+    where post i has row i."""
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -70,9 +73,19 @@ class TokenizedSplit:
     @property
     def cut(self) -> np.ndarray:
         """Posts that were cut to the greatest length in any of their rows, bool, shape (N,)."""
-        return np.logical_or.reduce(
-            [self.tokens.truncated, *(lists.truncated for lists in self.prompts.values())]
-        )
+        cut = _of_posts(np.logical_or, self.tokens.truncated, self.bounds)
+        return np.logical_or.reduce([cut, *(lists.truncated for lists in self.prompts.values())])
+
+    @property
+    def head_lengths(self) -> np.ndarray:
+        """Tokens of each post as the heads read it, of several texts the longest, int64, shape (N,)."""
+        return _of_posts(np.maximum, np.diff(self.tokens.offsets), self.bounds)
+
+    def texts_read(self, most: int) -> np.ndarray:
+        """Rows that each post has for a head, int64, shape (N,); ``most`` is ``data.max_posts``."""
+        count = len(self.tokens.offsets) - 1
+        each = np.ones(count, dtype=np.int64)
+        return np.minimum(_of_posts(np.add, each, self.bounds), most)
 
     @property
     def truncated(self) -> int:
@@ -96,8 +109,34 @@ class TokenizedSplit:
         return {name: count for name, count in counts.items() if count}
 
     def rows(self, indices: np.ndarray) -> list[TokenRow]:
-        """Tokens of some posts as the heads read them, in the order asked for."""
-        bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in indices]
+        """Tokens of some posts as the heads read them, in the order asked for; of several texts the first."""
+        return self._rows(indices if self.bounds is None else self.bounds[indices])
+
+    def all_rows(
+        self, post: int, *, most: int, draw: Sequence[int] | None = None
+    ) -> list[TokenRow]:
+        """Tokens of the texts that are read together for a post, in their order.
+
+        Args:
+            post: a post, an author, or a post with its neighbors.
+            most: of more texts an author's are drawn, or the first taken.
+            draw: seeds the draw; None takes the first.
+        """
+        if self.bounds is None:
+            return self._rows(np.array([post]))
+        first, last = self.bounds[post : post + 2]
+        numbers = np.arange(first, last)
+        if (
+            draw is not None
+            and last - first > most
+            and self.posts.members[post][0].author is not None
+        ):
+            chosen = np.random.default_rng([*draw, post]).permutation(numbers)[:most]
+            return self._rows(np.sort(chosen))
+        return self._rows(numbers[:most])
+
+    def _rows(self, numbers: np.ndarray) -> list[TokenRow]:
+        bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in numbers]
         return [
             TokenRow(
                 self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b]
@@ -160,7 +199,7 @@ def tokenize_split(
         tokens = no_tokens(len(split))
     else:
         tokens = cached_tokens(
-            seen,
+            hidden(flattened(split), config.hide),
             tokenizer,
             max_length=config.max_length,
             normalize=config.normalize,
@@ -187,7 +226,7 @@ def assemble_split(
     Args:
         posts: as they are shown.
         seen: as the model is to see them.
-        tokens: of ``seen``, for the heads.
+        tokens: of ``seen``, flattened, for the heads.
         tasks: all tasks.
         wording: makes the prompts and targets.
         asked: tasks that the posts are for; None is all.
@@ -197,8 +236,9 @@ def assemble_split(
     posts = replace(posts, images=seen.images)
     labelled = np.zeros((len(posts), len(tasks)), dtype=bool)
     split = TokenizedSplit(
-        posts, tokens, np.diff(tokens.offsets).astype(np.int32), labelled, words_cut=0
+        posts, tokens, np.zeros(0, dtype=np.int32), labelled, words_cut=0, bounds=bounds_of(posts)
     )
+    split = replace(split, lengths=split.head_lengths.astype(np.int32))
     words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
     bare = ~labelled.any(axis=1)
     prompts, targets, room = {}, {}, {}
@@ -260,7 +300,7 @@ def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> An
 def with_soft_labels(split: TokenizedSplit, soft: Mapping[str, SoftLabels]) -> TokenizedSplit:
     """The split with soft labels: a post with one is read by the heads, whatever labels it has."""
     read = np.logical_or.reduce([labels.present for labels in soft.values()])
-    own = np.where(read, np.diff(split.tokens.offsets), 0)
+    own = np.where(read, split.head_lengths, 0)
     lengths = np.maximum(split.lengths, own).astype(np.int32)
     return replace(split, lengths=lengths, soft=dict(soft))
 
@@ -291,6 +331,11 @@ def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:
         words_cut += int((np.asarray(column[post]) != IGNORED).sum()) - kept
         split.labelled[post, number] = kept > 0
     return words_cut
+
+
+def _of_posts(join: np.ufunc, rows: np.ndarray, bounds: np.ndarray | None) -> np.ndarray:
+    """What is known of each row of tokens, joined over the rows of each post."""
+    return rows if bounds is None else join.reduceat(rows, bounds[:-1])
 
 
 def no_tokens(count: int) -> Tokens:

@@ -84,6 +84,7 @@ def tokenize(
     """Clean and tokenize posts.
 
     A text pair is the tokenizer's second segment; of too long a post the longer text is cut first.
+    So is a context, the nearest text first, which is cut before any of the post is.
     Posts given as words stay word by word: a word of which nothing is left becomes the unknown
     token, so that every word has a piece.
 
@@ -104,11 +105,12 @@ def tokenize(
         firsts: list[Any] = [list(posts.words[i] or ()) or posts.texts[i] for i in chunk]
         pairs = [posts.pairs[i] for i in chunk]
         firsts, cut = zip(*(readable(text, normalize, max_length) for text in firsts), strict=True)
+        contexts = [isinstance(pair, tuple) for pair in pairs]
         pairs, cut_pair = zip(
-            *(readable(text, normalize, max_length) for text in pairs), strict=True
+            *(_readable_pair(pair, normalize, max_length) for pair in pairs), strict=True
         )
         pairs = [f"{between}{pair}" if pair else pair for pair in pairs]
-        rows = _rows(tokenizer, firsts, pairs, max_length=max_length)
+        rows = _rows(tokenizer, firsts, pairs, contexts, max_length=max_length)
         shorter = zip(rows, cut, cut_pair, strict=True)
         parts.append(_flat([replace(row, cut=row.cut or a or b) for row, a, b in shorter]))
     ids, types, words, lengths, cut = (
@@ -134,6 +136,17 @@ def readable(text: Any, normalize: NormalizeConfig | None, max_length: int) -> t
         clean = (normalize_post if isinstance(text, str) else normalize_words)(start, normalize)
     short = _limited(clean, most)
     return short, start is not text or short is not clean
+
+
+def _readable_pair(
+    pair: str | tuple[str, ...] | None, normalize: NormalizeConfig | None, max_length: int
+) -> tuple[Any, bool]:
+    """A second text as ``readable`` makes it; of a context all of its texts, a line each."""
+    if not isinstance(pair, tuple):
+        return readable(pair, normalize, max_length)
+    made = [readable(text, normalize, max_length) for text in pair]
+    text = "\n".join(clean for clean, _ in made if clean)
+    return text, any(cut for _, cut in made)
 
 
 def _limited(text: Any, most: int) -> Any:
@@ -231,16 +244,21 @@ def _rows(
     tokenizer: Any,
     firsts: Sequence[str | list[str]],
     pairs: Sequence[str | None],
+    contexts: Sequence[bool],
     *,
     max_length: int,
 ) -> list[_Row]:
-    """Tokens of a chunk, by one call each for plain texts, words, and pairs of both."""
+    """Tokens of a chunk, by one call each for plain texts, words, and pairs and contexts of both."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
-    alike: dict[tuple[bool, bool], list[int]] = {}
-    for i, (first, pair) in enumerate(zip(firsts, pairs, strict=True)):
-        alike.setdefault((isinstance(first, list), bool(pair)), []).append(i)
+    alike: dict[tuple[bool, bool, bool], list[int]] = {}
+    columns = zip(firsts, pairs, contexts, strict=True)
+    for i, (first, pair, context) in enumerate(columns):
+        # A post that fills the row by itself is read without its context.
+        full = context and bool(pair) and _fills(tokenizer, first, max_length)
+        key = (isinstance(first, list), bool(pair) and not full, context)
+        alike.setdefault(key, []).append(i)
     rows: dict[int, _Row] = {}
-    for (as_words, paired), members in alike.items():
+    for (as_words, paired, context), members in alike.items():
         seconds = [pairs[i] for i in members] if paired else None
         made = encode(
             tokenizer,
@@ -248,7 +266,13 @@ def _rows(
             seconds,
             as_words=as_words,
             max_length=max_length,
+            truncation="only_second" if paired and context else "longest_first",
         )
+        if context and not paired:
+            made = [
+                replace(row, cut=row.cut or bool(pairs[i]))
+                for i, row in zip(members, made, strict=True)
+            ]
         rows.update(zip(members, made, strict=True))
     # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no
     # mean.
@@ -257,20 +281,23 @@ def _rows(
     return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
 
 
+def _fills(tokenizer: Any, text: str | list[str], max_length: int) -> bool:
+    """Whether a text leaves no token of a row for a second one."""
+    texts = [text] if isinstance(text, str) else _spaced(tokenizer, [text])[0]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    return sum(max(1, len(some)) for some in ids) >= room
+
+
 def _encode_fast(
-    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, max_length: int
+    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, **cut: Any
 ) -> list[_Row]:
     if as_words:
         texts = _spaced(tokenizer, texts)
         pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])  # type: ignore
 
     def run(texts: list[Any], pairs: list[Any] | None) -> list[Any]:
-        settings = {
-            "truncation": "longest_first",
-            "max_length": max_length,
-            "is_split_into_words": as_words,
-        }
-        return tokenizer(texts, pairs, **settings).encodings
+        return tokenizer(texts, pairs, is_split_into_words=as_words, **cut).encodings
 
     encodings = run(texts, pairs)
     for i, encoding in enumerate(encodings if as_words else ()):
@@ -289,7 +316,7 @@ def _encode_fast(
 
 
 def _encode_slow(
-    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, max_length: int
+    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, **cut: Any
 ) -> list[_Row]:
     """For tokenizers in pure Python: each token is its own word."""
     if as_words:
@@ -300,16 +327,15 @@ def _encode_slow(
     rows = []
     for i, text in enumerate(texts):
         pair = None if pairs is None else pairs[i]
-        cut = len(tokenizer(text, pair, verbose=False)["input_ids"]) > max_length
-        settings = {"truncation": "longest_first", "max_length": max_length}
+        over = len(tokenizer(text, pair, verbose=False)["input_ids"]) > cut["max_length"]
         made = tokenizer(
-            text, pair, **settings, return_token_type_ids=True, return_special_tokens_mask=True
+            text, pair, **cut, return_token_type_ids=True, return_special_tokens_mask=True
         )
         special = made["special_tokens_mask"]
         first = special.index(0) if 0 in special else len(special)
         end = special.index(1, first) if 1 in special[first:] else len(special)
         words = [i - first if first <= i < end else -1 for i in range(len(special))]
-        rows.append(_Row(made["input_ids"], made["token_type_ids"], words, cut))
+        rows.append(_Row(made["input_ids"], made["token_type_ids"], words, over))
     return rows
 
 

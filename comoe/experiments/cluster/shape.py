@@ -28,9 +28,9 @@ from comoe.models.encoders.families import (
     layers_of,
 )
 from comoe.models.encoders.own_layers import give_own_layers
-from comoe.models.heads import POOLINGS
 from comoe.models.moe.block import ContextHolder
 from comoe.models.moe.lora import adapters_of, is_linear, widths_of
+from comoe.models.pooling import POOLINGS
 from comoe.starter.registry import PREFIXES, prepare
 from comoe.tasks.kinds.registry import KINDS
 from comoe.train.memory_plan import kept_of_token, stack_shapes, tokens_of_words

@@ -22,7 +22,7 @@ from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.cluster.shape import shape_of_recipe
 from comoe.inference.export_config import read_export_config
 from comoe.losses.weighting.strategies import WEIGHTINGS
-from comoe.models.heads import POOLINGS
+from comoe.models.pooling import POOLINGS
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, kind_of
 
 ALONE, WITHOUT, NO_AUXILIARY = "single", "without", "no_auxiliary"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig
 from comoe.models.encoder_io import Encoding, Texts
-from comoe.models.heads import mean_state
+from comoe.models.pooling import mean_state
 from comoe.models.vision.fusion import Fusion, Images
 from comoe.types import ImageText
 

@@ -1,5 +1,7 @@
 """The filter of training posts: it knows collections, takes chance hits off, and proves nothing of one post."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,12 @@ from comoe.data.posts import Post, PostSplit
 from comoe.data.seen_posts import BITS, count_seen, write_seen
 
 
+def list_of(numbers, *, pair=None):
+    return [Post(text=f"Post  {number}", pair=pair) for number in numbers]
+
+
 def posts_of(numbers, *, pair=None):
-    return PostSplit.from_posts([Post(text=f"Post  {number}", pair=pair) for number in numbers])
+    return PostSplit.from_posts(list_of(numbers, pair=pair))
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +31,9 @@ def test_every_post_that_was_seen_hits_whatever_its_case_and_blanks(filter_of_10
     assert count_seen(filter_of_1000, shouted) == 1000
     # A second text makes another post.
     assert count_seen(filter_of_1000, posts_of(range(1000), pair="of")) == 0
+    assert count_seen(filter_of_1000, posts_of(range(1000), pair=("of", "on"))) == 0
+    near = [replace(post, members=(post, Post(text="of"))) for post in list_of(range(1000))]
+    assert count_seen(filter_of_1000, PostSplit.from_posts(near)) == 0
 
 
 @pytest.mark.parametrize("seen", [0.05, 0.3, 0.8])

@@ -11,7 +11,7 @@ from torch import nn
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.losses.adversarial import AdversarialLoss, reversal_strength, reversed_gradient
 from comoe.losses.objective import Objective
-from comoe.models.heads import mean_state
+from comoe.models.pooling import mean_state
 from comoe.train.monitor.log_window import LogWindow
 from comoe.train.parallel.engine import StepReport
 from comoe.train.parallel.setup import parameter_groups

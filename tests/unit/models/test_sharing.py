@@ -17,7 +17,8 @@ from comoe.inference.predictor import Predictor
 from comoe.losses.objective import Objective
 from comoe.models.encoder_io import TaskRows
 from comoe.models.encoders.families import layers_of
-from comoe.models.heads import FirstPooling, LayerMixture, TaskAttention, TaskHead
+from comoe.models.heads import TaskAttention, TaskHead
+from comoe.models.pooling import FirstPooling, LayerMixture
 from comoe.train.memory_plan import count_parameters
 from comoe.train.parallel.setup import parameter_group
 from comoe.train.start_from import start_from_export

@@ -9,6 +9,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from comoe.commands import main
+from comoe.inference.predictor import Predictor
 from comoe.reporting.drift import (
     FOLDS,
     LEAST_COMPARED,
@@ -21,6 +22,7 @@ from comoe.reporting.drift import (
     told_by_embeddings,
 )
 from tests.helpers_export import MOOD, export_tiny, tiny_predictor
+from tests.unit.models.test_sharing import exported
 
 
 def numbered(start, count):
@@ -226,8 +228,14 @@ def test_posts_without_an_embedding_are_left_out_and_too_few_tell_nothing():
     assert nothing["embeddings"] is None and nothing["words"]
 
 
-def test_a_text_is_embedded_once_as_its_task_reads_it(tmp_path):
-    predictor, asked = tiny_predictor(tmp_path, route_by="both"), []
+@pytest.mark.parametrize("reads_tasks", ["gates", "layers"])
+def test_a_text_is_embedded_once_as_its_task_reads_it(reads_tasks, tmp_path):
+    if reads_tasks == "gates":
+        predictor = tiny_predictor(tmp_path, route_by="both")
+    else:
+        _, folder = exported(tmp_path, own_layers=1)
+        predictor = Predictor.from_pretrained(folder, device="cpu")
+    asked = []
 
     class Counted:
         def __getattr__(self, name):
@@ -243,8 +251,9 @@ def test_a_text_is_embedded_once_as_its_task_reads_it(tmp_path):
     np.testing.assert_allclose(rows[0], expected, atol=1e-6)
     assert rows[1] is None and rows[2] is rows[0]
     embed(["good day", "the sun"], "mood")
-    # The gate knows the task.
-    embed(["good day"], "topic")
+    # The gate, or a layer, knows the task.
+    other = embed(["good day"], "topic")
+    assert abs(other[0] - rows[0]).max() > 1e-6
     assert asked == [(["good day", " "], "mood"), (["the sun"], "mood"), (["good day"], "topic")]
     with pytest.raises(ValueError, match="moo.*did you mean mood"):
         embed(["good day"], "moo")

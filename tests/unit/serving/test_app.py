@@ -110,6 +110,7 @@ def test_requests_at_once_get_their_own_answers(server: Server, predictor: Predi
         ({"posts": [1]}, 422, "posts.0: must be an object, or a string where it is a post"),
         ({"posts": [{}]}, 422, "posts.0: a post needs text or words"),
         ({"posts": [{"text": 7}]}, 422, "posts.0.text: Input should be a valid string"),
+        ({"posts": [{"text": ["a", 7]}]}, 422, "posts.0.text.1: Input should be a valid string"),
         ({"posts": [{"words": SECRET}]}, 422, "posts.0.words: Input should be a valid list"),
         ({"posts": ["a"], "\ud800": 1}, 422, "body: Input should be a valid string, unable to parse"),
         ({"posts": ["a"], "task": "mood"}, 422, "task: Extra inputs are not permitted"),

@@ -37,7 +37,8 @@ def plan(
     recipe = recipe_from_dict(
         {"tasks": {"mood": {"path": "x"}}, "train": train, "loss": loss or {}}
     )
-    posts, settings = SimpleNamespace(lengths=np.array([4, 6])), {"zero_optimization": zero}
+    posts = SimpleNamespace(lengths=np.array([4, 6]), texts_read=lambda most: 1)
+    settings = {"zero_optimization": zero}
     return plan_run(recipe, Layout(2, 2, stage, 6, 1, bf16), model, posts, settings)
 
 

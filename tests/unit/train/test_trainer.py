@@ -43,7 +43,7 @@ class Posts:
     origins = [f"posts.jsonl:{number + 1}" for number in range(POSTS)]
 
 
-def collate(split: Posts, indices: np.ndarray) -> Batch:
+def collate(split: Posts, indices: np.ndarray, **_: Any) -> Batch:
     rows = torch.from_numpy(indices)
     ones_BL = torch.ones(len(rows), 2, dtype=torch.int64)
     labels = {"heat": torch.zeros(len(rows))}

@@ -121,7 +121,10 @@ def test_it_gives_the_tokens_of_transformers_for_every_family(family, tmp_path):
         assert own.num_special_tokens_to_add(pair) == theirs.num_special_tokens_to_add(pair)
     posts = unlabelled_posts(texts, tasks=(), pairs=[pair or None for pair in others])
     by_words = unlabelled_posts([""] * len(words), tasks=(), words=words)
-    for some in (posts, by_words):
+    threads = [(pair, text) for pair, text in zip(others, texts, strict=True)]
+    replies = unlabelled_posts(texts, tasks=(), pairs=threads)
+    replies_by_words = unlabelled_posts([""] * len(words), tasks=(), words=words, pairs=threads)
+    for some in (posts, by_words, replies, replies_by_words):
         settings = {"max_length": 12, "normalize": NormalizeConfig()}
         found, expected = tokenize(some, own, **settings), tokenize(some, theirs, **settings)
         for name in ("input_ids", "token_types", "word_ids", "offsets", "truncated"):

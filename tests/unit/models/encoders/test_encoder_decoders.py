@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, BertModel, T5Config
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import ModelConfig, MoeConfig
+from comoe.data.tokens.split import TokenizedSplit
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
 from comoe.losses.build import build_objective
@@ -183,9 +184,8 @@ def split_of(tasks):
     prompts = {task.name: SimpleNamespace(lengths=np.arange(6, 10)) for task in tasks}
     tokens = SimpleNamespace(offsets=np.array([0, 4, 9, 15, 22]))
     labelled = np.ones((4, len(tasks)), dtype=bool)
-    return SimpleNamespace(
-        lengths=np.arange(6, 10), labelled=labelled, tokens=tokens, prompts=prompts, targets=lists
-    )
+    more = {"words_cut": 0, "prompts": prompts, "targets": lists}
+    return TokenizedSplit(None, tokens, np.arange(6, 10), labelled, **more)
 
 
 def plan_of(model):
@@ -248,13 +248,22 @@ def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name,
     assert parts["logits of the vocabulary"] == 10 * 32128 * 6 * 5
 
 
+def test_the_plan_counts_the_texts_of_an_author_that_are_read_each_as_long_as_the_longest():
+    model = decoder_model(tasks=MIXED[:1], moe=moe_config())
+    # An author with posts of 4 and 5 tokens, and one with posts of 6 and 7.
+    authors = replace(split_of(MIXED[:1]), lengths=np.array([5, 7]), bounds=np.array([0, 2, 4]))
+    for most, read in ((8, 12.0), (1, 6.0)):
+        found = _row_tokens(model, authors, by_task=False, distilled=False, most=most)
+        assert (found.encoder, found.texts) == (read, read)
+
+
 def test_the_plan_counts_a_row_per_task_that_a_decoder_answers_and_what_it_reads_and_writes():
     model = decoder_model(moe=moe_config(layers=[0, 4]))
-    row = _row_tokens(model, split_of(MIXED), by_task=False, distilled=False)
+    row = _row_tokens(model, split_of(MIXED), by_task=False, distilled=False, most=8)
     # Heads' row: 5.5 tokens; three prompts of 7.5. Words of labels: at most two, so five tokens;
     # two texts of three.
     assert row == (5.5 + 3 * 7.5, 3 * 7.5, 5 + 3 + 3, 4.0, 5.5 + 3 * 7.5)
-    assert _row_tokens(model, split_of(MIXED), by_task=True, distilled=False) == (
+    assert _row_tokens(model, split_of(MIXED), by_task=True, distilled=False, most=8) == (
         2 * 5.5 + 3 * 7.5,
         3 * 7.5,
         11,
