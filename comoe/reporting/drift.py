@@ -315,7 +315,7 @@ def embedder(predictor: Predictor) -> Embed:
 
     def embed(texts: Sequence[str], task: str) -> list[np.ndarray | None]:
         (chosen,) = predictor.choose_tasks([task])
-        routed = task if predictor.exported.model_config.moe.route_by != "token" else None
+        routed = task if predictor.exported.model_config.row_per_task else None
         reading = (chosen.prompt, task in predictor.as_words, routed)
         missing = [text for text in dict.fromkeys(texts) if (reading, text) not in known]
         with tqdm(total=len(missing), unit="post", desc=task, disable=None) as bar:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom, norm
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
@@ -226,8 +227,14 @@ def test_posts_without_an_embedding_are_left_out_and_too_few_tell_nothing():
     assert nothing["embeddings"] is None and nothing["words"]
 
 
-def test_a_text_is_embedded_once_as_its_task_reads_it(tmp_path):
-    predictor, asked = tiny_predictor(tmp_path, route_by="both"), []
+@pytest.mark.parametrize("options", [{"route_by": "both"}, {"own_layers": 1}])
+def test_a_text_is_embedded_once_as_its_task_reads_it(options, tmp_path):
+    predictor, asked = tiny_predictor(tmp_path, **options), []
+    # Layers of tasks begin alike.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in predictor.exported.model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
 
     class Counted:
         def __getattr__(self, name):
@@ -243,8 +250,11 @@ def test_a_text_is_embedded_once_as_its_task_reads_it(tmp_path):
     np.testing.assert_allclose(rows[0], expected, atol=1e-6)
     assert rows[1] is None and rows[2] is rows[0]
     embed(["good day", "the sun"], "mood")
-    # The gate knows the task.
-    embed(["good day"], "topic")
+    # The gate, or the last layer, is that of the task.
+    (row,) = embed(["good day"], "topic")
+    expected = predictor.embed(["good day"], task="topic")[0]["embedding"]
+    np.testing.assert_allclose(row, expected, atol=1e-6)
+    assert np.abs(row - rows[0]).max() > 1e-3
     assert asked == [(["good day", " "], "mood"), (["the sun"], "mood"), (["good day"], "topic")]
     with pytest.raises(ValueError, match="moo.*did you mean mood"):
         embed(["good day"], "moo")
