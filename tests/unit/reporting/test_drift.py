@@ -63,13 +63,12 @@ def test_the_discriminant_is_that_of_the_formula_on_folds_that_it_has_not_seen()
 
 
 def test_a_fold_is_scored_without_its_own_sides():
-    """A side that is noise, and in no fold but the first follows the vectors, is not found there."""
-    vectors, sample = sample_of(400, 400, width=1, seed=2)
-    first = sample.folds_R == 0
-    vectors[first, 0] = np.where(sample.new_R[first], 5.0, -5.0)
-    found = told_by_embeddings(vectors, sample, permutations=1)
-    # That fold has an area of 1 or 0, by the sign that chance gave the others; the rest none.
-    assert abs(found["auc"] - 0.5) < 0.17
+    """Noise that is as wide as there are rows: fitted to all of them, a discriminant finds the sides in it."""
+    found = []
+    for seed in range(20):
+        vectors, sample = sample_of(100, 100, width=200, seed=seed)
+        found.append(told_by_embeddings(vectors, sample, permutations=1)["auc"])
+    assert abs(np.mean(found) - 0.5) < 0.05
 
 
 def test_the_interval_solves_the_equation_of_hanley_and_mcneil():
