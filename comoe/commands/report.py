@@ -58,7 +58,7 @@ def _report(options) -> str:
 
     need("report", what="comoe report")
     from comoe.inference.checkpoint_folder import is_part_of
-    from comoe.reporting.drift import embedder
+    from comoe.reporting.drift import Embedder
     from comoe.reporting.page import render
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
     from comoe.reporting.report import ReportOptions, make_report
@@ -89,7 +89,7 @@ def _report(options) -> str:
         examples=options.examples,
         seed=options.seed,
     )
-    embed = embedder(load_predictor(options)) if options.model else None
+    embed = Embedder(load_predictor(options)) if options.model else None
     labeled = {} if options.labeled is None else read_labeled(options.labeled)
     corpus = read_corpus(options.predictions)
     for word in options.gold:

@@ -13,12 +13,12 @@ from comoe.commands import main
 from comoe.reporting.drift import (
     FOLDS,
     LEAST_COMPARED,
+    Embedder,
     area_interval,
     areas,
     discriminate,
     draw_sample,
     drift_of,
-    embedder,
     told_by_embeddings,
 )
 from tests.helpers_export import MOOD, export_tiny, tiny_predictor
@@ -216,14 +216,44 @@ def test_words_say_what_changed_in_english_and_chinese():
 def test_posts_without_an_embedding_are_left_out_and_too_few_tell_nothing():
     old, new = numbered(0, 50), numbered(100, 50)
 
-    def embed(texts, task):
-        numbers = [int(text[5:]) for text in texts]
-        return [None if number % 3 == 0 else np.array([number, 1.0]) for number in numbers]
+    class Without:
+        """Embeds the numbers that this one does not divide."""
 
-    found = drift_of(old, new, task="mood", embed=embed)["embeddings"]
+        key = staticmethod(str)
+
+        def __init__(self, number):
+            self.number = number
+
+        def __call__(self, texts, task):
+            numbers = [int(text[5:]) for text in texts]
+            return [np.array([each, 1.0]) if each % self.number else None for each in numbers]
+
+    found = drift_of(old, new, task="mood", embed=Without(3))["embeddings"]
     assert (found["old"], found["new"]) == (33, 34) and found["auc"] > 0.95
-    nothing = drift_of(old, new, task="mood", embed=lambda texts, task: [None] * len(texts))
+    nothing = drift_of(old, new, task="mood", embed=Without(1))
     assert nothing["embeddings"] is None and nothing["words"]
+
+
+def test_posts_that_the_model_reads_alike_are_one_text_and_never_cross_folds(tmp_path):
+    """Retweets with other links and user names; without a model they are other texts."""
+    predictor = tiny_predictor(tmp_path)
+    copies = [
+        f"RT @user{copy}: Post {number} https://t.co/{number}x{copy}"
+        for number in range(200, 230)
+        for copy in range(4)
+    ]
+    old, new = numbered(0, 120), [*copies, *numbered(300, 60)]
+    sample = draw_sample(old, new, key=Embedder(predictor).key)
+    copied = {text.split()[3] for text in sample.texts if text.startswith("RT")}
+    assert sum(text.startswith("RT") for text in sample.texts) == len(copied) > 15
+    apart = draw_sample(old, new)
+    folds = {}
+    for text, fold in zip(apart.texts, apart.folds_R, strict=True):
+        if text.startswith("RT"):
+            folds.setdefault(text.split()[3], set()).add(fold)
+    assert max(map(len, folds.values())) > 1
+    told = drift_of(old, new, task="mood", embed=Embedder(predictor))["embeddings"]
+    assert told["new"] == sample.posts[1] < apart.posts[1]
 
 
 @pytest.mark.parametrize("options", [{"route_by": "both"}, {"own_layers": 1}])
@@ -243,7 +273,7 @@ def test_a_text_is_embedded_once_as_its_task_reads_it(options, tmp_path):
             asked.append((list(texts), more["task"]))
             return predictor.embed(texts, **more)
 
-    embed = embedder(Counted())
+    embed = Embedder(Counted())
     rows = embed(["good day", " ", "good day"], "mood")
     expected = predictor.embed(["good day"], task="mood")[0]["embedding"]
     np.testing.assert_allclose(rows[0], expected, atol=1e-6)
@@ -300,7 +330,7 @@ def test_a_report_shows_drift_by_the_embeddings_of_a_model(kind, export, tmp_pat
         assert "of another kind than" not in page
     else:
         assert found["p_value"] == 0.001 and found["auc"] > 0.95
-        assert "their embeddings tell them apart" in page and "p = 0.001" in page
+        assert "their embeddings tell them apart" in page and "p = 0.001 by 999 random" in page
         assert "Words of these posts: " in page and "rain" in task["drift"]["words"]["more"]
     main.main(["report", *given, "--examples", "0"])
     (task,) = json.loads((tmp_path / "r.json").read_text())["tasks"]
