@@ -338,6 +338,15 @@ def test_a_report_shows_drift_by_the_embeddings_of_a_model(kind, export, tmp_pat
     assert "Words of these posts" not in (tmp_path / "p.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "words", ["--revision v2", "--device cpu", "--no-verify", "--plugins my_package.mine"]
+)
+def test_options_of_a_model_without_one_are_refused(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOE_PLUGINS", "")
+    with pytest.raises(SystemExit, match=f"{words.split()[0]} is of --model, .*; name it"):
+        main.main(["report", str(tmp_path / "p.jsonl"), *words.split()])
+
+
 def test_a_model_without_labeled_posts_is_refused(export, tmp_path):
     with pytest.raises(SystemExit, match="--model compares the posts with labeled ones"):
         main.main(["report", str(tmp_path / "p.jsonl"), "--model", str(export)])
