@@ -62,7 +62,7 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def tiny_recipe(
-    route_by: str = "token", *, max_length: int = 16, tasks=TASKS, posts=None
+    route_by: str = "token", *, max_length: int = 16, tasks=TASKS, posts=None, own_layers: int = 0
 ) -> Recipe:
     """``posts`` is the file that all tasks share; None gives each one its own."""
     return Recipe(
@@ -71,6 +71,7 @@ def tiny_recipe(
             encoder="some/encoder",
             dropout=0.1,
             projection_width=8,
+            own_layers=own_layers,
             moe=moe_config(route_by=route_by, task_prior=1.5 * (route_by == "both")),
         ),
         data=DataConfig(max_length=max_length, normalize=NormalizeConfig()),
@@ -81,12 +82,11 @@ def tiny_recipe(
     )
 
 
-def export_tiny(
-    folder: Path, *, route_by="token", max_length=16, tasks=TASKS, results=None, seed=0, posts=None
-):
-    """Export a random model; gives back the model that was exported."""
-    recipe = tiny_recipe(route_by, max_length=max_length, tasks=tasks, posts=posts)
-    model = tiny_model(recipe.model.moe, tasks=tasks, seed=seed).eval()
+def export_tiny(folder: Path, *, tasks=TASKS, results=None, seed=0, **options):
+    """Export a random model; gives back the model that was exported. ``options`` go to ``tiny_recipe``."""
+    recipe = tiny_recipe(tasks=tasks, **options)
+    own_layers = recipe.model.own_layers
+    model = tiny_model(recipe.model.moe, tasks=tasks, seed=seed, own_layers=own_layers).eval()
     export_model(
         folder / "export",
         state_dict=model.state_dict(),

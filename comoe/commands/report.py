@@ -58,7 +58,7 @@ def _report(options) -> str:
 
     need("report", what="comoe report")
     from comoe.inference.checkpoint_folder import is_part_of
-    from comoe.reporting.drift import embedder
+    from comoe.reporting.drift import Embedder
     from comoe.reporting.page import render
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
     from comoe.reporting.report import ReportOptions, make_report
@@ -66,10 +66,7 @@ def _report(options) -> str:
     output = options.output or options.predictions.with_suffix(".html")
     if options.period != "auto" and options.time is None:
         raise ValueError("--period is of --time, the column with the time of a post; name it.")
-    if options.model is not None and options.labeled is None and not options.gold:
-        raise ValueError(
-            "--model compares the posts with labeled ones; name them with --labeled or --gold."
-        )
+    _check_model(options)
     if options.json is not None and same_file(options.json, output):
         raise ValueError(f"--json {options.json} is the page itself; name another file.")
     for place in (output, options.json):
@@ -89,7 +86,7 @@ def _report(options) -> str:
         examples=options.examples,
         seed=options.seed,
     )
-    embed = embedder(load_predictor(options)) if options.model else None
+    embed = Embedder(load_predictor(options)) if options.model else None
     labeled = {} if options.labeled is None else read_labeled(options.labeled)
     corpus = read_corpus(options.predictions)
     for word in options.gold:
@@ -103,3 +100,22 @@ def _report(options) -> str:
     if options.json:
         write_json(options.json, report)
     return f"{report['posts']:,} posts, {len(report['tasks'])} tasks: {output}"
+
+
+def _check_model(options) -> None:
+    """Refuse options of a model without one, and a model without labeled posts."""
+    of_model = {
+        "--revision": options.revision is not None,
+        "--device": options.device != "auto",
+        "--no-verify": options.no_verify,
+        "--plugins": options.plugins is not None,
+    }
+    alone = [flag for flag, given in of_model.items() if given and options.model is None]
+    if alone:
+        raise ValueError(
+            f"{alone[0]} is of --model, whose embeddings tell the posts apart; name it."
+        )
+    if options.model is not None and options.labeled is None and not options.gold:
+        raise ValueError(
+            "--model compares the posts with labeled ones; name them with --labeled or --gold."
+        )

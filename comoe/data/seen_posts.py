@@ -1,4 +1,8 @@
-"""Which posts a model was trained on: a coarse filter beside it, which knows collections and no single post."""
+"""Which posts a model was trained on: a coarse filter beside it, for warnings.
+
+It hides no post from one who has its text, or guesses it. A miss proves that the post was not there. A
+hit raises the odds that it was about 16-fold: every training post hits, and of others one in about 17.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ SEEN = "training_posts.npy"
 """File of the filter, in a run folder and in an export."""
 
 BITS = 16
-"""Bits per post: about one in 17 posts that were never seen is taken for one that was, on purpose."""
+"""Bits per post: one in about 17 posts that were never seen hits, too; a small file, enough to count."""
 
 RARE = 1e-3
 """Chance from which hits are no coincidence."""

@@ -318,8 +318,8 @@ class Predictor(OnHub):
 
         Args:
             texts, pairs, words, images, image_root, batch_size, batch_tokens: as of a prediction.
-            task: reads the posts, which counts where the model routes by task or has prompts; None
-                is the first task.
+            task: reads the posts, which counts where the model routes by task, has ``own_layers``
+                or prompts, or reads posts as words for some tasks; None is the first task.
 
         Returns:
             Per text ``embedding``, a float32 array as wide as the encoder, or ``error``; and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from comoe.config.failure import sentence
 from comoe.data.posts import PostSplit
 from comoe.data.reading.inputs import DataChoice
 from comoe.data.report import BadRow, DataReport
@@ -45,7 +47,7 @@ class Scores:
     read: PostSplit | None = None
     """The posts."""
     seen: int = 0
-    """About how many of them the model was trained on, by the filter of its export; 0 without one."""
+    """About how many of them its run was trained on, by the filter of its export; 0 without a readable one."""
 
 
 def score(
@@ -85,7 +87,7 @@ def score(
     report = DataReport()
     posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report, needed=by)
     exported = predictor.exported
-    seen = count_seen(exported.folder / SEEN, posts)
+    seen = _seen(exported.folder / SEEN, posts)
     split = tokenize_split(
         posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
     )
@@ -108,6 +110,15 @@ def score(
         split.posts,
         seen,
     )
+
+
+def _seen(path: Path, posts: PostSplit) -> int:
+    try:
+        return count_seen(path, posts)
+    except (ValueError, OSError) as error:  # a file for a warning is no reason to score nothing
+        unknown = "whether the model was trained on these posts cannot be told"
+        print(f"warning: {unknown} ({sentence(error)})", file=sys.stderr)
+        return 0
 
 
 def _with_slices(tasks: Sequence[Task], by: Sequence[str]) -> tuple[Task, ...]:

@@ -8,7 +8,7 @@ distribution. By the model's embeddings it has a p-value; by words it says what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +19,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from comoe.data.text.normalize import same_text
+from comoe.data.text.normalize import normalize_post, same_text
 
 if TYPE_CHECKING:
     # Brings in torch, which a report without a model does not need.
     from comoe.inference.predictor import Predictor
-
-Embed = Callable[[Sequence[str], str], Sequence[np.ndarray | None]]
-"""Texts and the task that reads them -> a vector of each, None where it has none."""
 
 MOST_COMPARED = 2000
 """Posts that are drawn from each side."""
@@ -82,14 +79,21 @@ class Sample:
         return all(len(some) >= LEAST_COMPARED and len(np.unique(some)) == FOLDS for some in folds)
 
 
-def draw_sample(old: Sequence[str], new: Sequence[str], *, seed: int = 0) -> Sample | None:
+def draw_sample(
+    old: Sequence[str],
+    new: Sequence[str],
+    *,
+    key: Callable[[str], str] = same_text,
+    seed: int = 0,
+) -> Sample | None:
     """As many posts of each side, drawn at random, then each text once per side.
 
     As many, because without repeats the larger of two samples has a smaller share of the texts that
     come often, so that sizes alone would tell the sides apart. Folds are stratified by side.
 
     Args:
-        old, new: texts; blank ones do not count. Case and white space make no other text.
+        old, new: texts; blank ones do not count.
+        key: what posts have in common that count as one text.
         seed: of draw and folds.
 
     Returns:
@@ -101,7 +105,7 @@ def draw_sample(old: Sequence[str], new: Sequence[str], *, seed: int = 0) -> Sam
     for number, texts in enumerate(sides):
         # Draws of other sizes have the same posts first, whose embeddings are computed once.
         places = np.random.default_rng((seed, number)).permutation(len(texts))[:count]
-        drawn.append({same_text(texts[place]): texts[place] for place in places})
+        drawn.append({key(texts[place]): texts[place] for place in places})
     if min(map(len, drawn)) < LEAST_COMPARED:
         return None
     generator = np.random.default_rng((seed, 2))
@@ -111,7 +115,7 @@ def draw_sample(old: Sequence[str], new: Sequence[str], *, seed: int = 0) -> Sam
     for keys, where in zip(parts, ((0,), (1,), (0, 1)), strict=True):
         folds = generator.permutation(len(keys)) % FOLDS
         for side in where:
-            texts += [drawn[side][key] for key in keys]
+            texts += [drawn[side][each] for each in keys]
             new_R += [bool(side)] * len(keys)
             shared_R += [len(where) > 1] * len(keys)
             folds_R += folds.tolist()
@@ -272,7 +276,7 @@ def drift_of(
     new: Sequence[str],
     *,
     task: str,
-    embed: Embed | None = None,
+    embed: Embedder | None = None,
     quoted: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -281,14 +285,15 @@ def drift_of(
     Args:
         old, new: texts.
         task: whose posts they are.
-        embed: gives embeddings.
+        embed: gives embeddings, and says which posts are one text to the model.
         quoted: name the words.
         seed: of the draw.
 
     Returns:
         Of ``told_by_words`` and ``told_by_embeddings``; None where too few posts are left.
     """
-    sample = draw_sample(old, new, seed=seed)
+    key = same_text if embed is None else embed.key
+    sample = draw_sample(old, new, key=key, seed=seed)
     found: dict[str, Any] = {"words": sample and told_by_words(sample)}
     if found["words"] and not quoted:
         found["words"] |= {"more": [], "less": []}
@@ -305,15 +310,25 @@ def drift_of(
     return found
 
 
-def embedder(predictor: Predictor) -> Embed:
-    """What gives embeddings of texts as a task reads them, each once; a terminal shows a progress bar.
+@dataclass(frozen=True)
+class Embedder:
+    """Gives embeddings of texts as a task reads them, each once; a terminal shows a progress bar.
 
     A text is read alone, without the second text or the image that its post may have had; one that
     cannot be read so has no embedding.
     """
-    known: dict[tuple, np.ndarray | None] = {}
 
-    def embed(texts: Sequence[str], task: str) -> list[np.ndarray | None]:
+    predictor: Predictor
+    known: dict[tuple, np.ndarray | None] = field(default_factory=dict)
+    """What was embedded, by how it was read."""
+
+    def key(self, text: str) -> str:
+        """The text cleaned as the model reads it, case and white space aside: retweets with other links are one."""
+        return same_text(normalize_post(text, self.predictor.exported.data_config.normalize))
+
+    def __call__(self, texts: Sequence[str], task: str) -> list[np.ndarray | None]:
+        """A vector of each text, as wide as the encoder; None where it has none."""
+        predictor, known = self.predictor, self.known
         (chosen,) = predictor.choose_tasks([task])
         routed = task if predictor.exported.model_config.row_per_task else None
         reading = (chosen.prompt, task in predictor.as_words, routed)
@@ -325,5 +340,3 @@ def embedder(predictor: Predictor) -> Embed:
                     known[reading, text] = row.get("embedding")
                 bar.update(len(some))
         return [known[reading, text] for text in texts]
-
-    return embed

@@ -20,7 +20,7 @@ from comoe.evaluation.prevalence import (
     sampled_shares,
     weighted_mean,
 )
-from comoe.reporting.drift import Embed, drift_of
+from comoe.reporting.drift import Embedder, drift_of
 from comoe.reporting.predictions import (
     NUMBER,
     ONE,
@@ -81,7 +81,7 @@ def make_report(
     corpus: Corpus,
     labeled: Mapping[str, TaskPredictions],
     options: ReportOptions,
-    embed: Embed | None = None,
+    embed: Embedder | None = None,
 ) -> dict[str, Any]:
     """All numbers of a report, ready for JSON.
 
@@ -207,7 +207,7 @@ class _Section:
     labeled: TaskPredictions | None
     weights_N: np.ndarray
     options: ReportOptions
-    embed: Embed | None
+    embed: Embedder | None
 
     def made(self, groups: Sequence[_Group]) -> dict[str, Any]:
         task, every_N = self.task, np.arange(len(self.corpus))

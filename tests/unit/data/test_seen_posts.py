@@ -1,4 +1,4 @@
-"""The filter of training posts: it knows collections, takes chance hits off, and proves nothing of one post."""
+"""The filter of training posts: it counts posts, takes chance hits off, and warns of three or more."""
 
 from dataclasses import replace
 
@@ -53,8 +53,7 @@ def test_posts_that_were_never_seen_are_no_warning(filter_of_1000):
     assert false <= 2000 * 1e-3 + 4
 
 
-def test_nobody_can_tell_one_post_by_it(filter_of_1000):
-    """One in about 17 unseen posts looks like a seen one, so that a hit says little; of one post nothing is told."""
+def test_one_in_17_others_hits_and_less_than_three_posts_are_no_warning(filter_of_1000):
     bits = np.unpackbits(np.load(filter_of_1000))
     assert len(bits) == BITS * 1000 and bits.mean() == pytest.approx(
         1 - np.exp(-1 / BITS), rel=0.05

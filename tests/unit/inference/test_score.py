@@ -178,9 +178,15 @@ def test_posts_that_the_model_was_trained_on_are_told(tmp_path, monkeypatch, cap
         assert len(said) == told
         if told:
             assert abs(int(said[0]) - 80) <= 6
-    (tmp_path / "export" / SEEN).write_text("torn")
-    with pytest.raises(SystemExit, match="training_posts.npy .* delete it"):
+    filter_of_9 = (tmp_path / "export" / SEEN).read_bytes()
+    for content in (b"torn", filter_of_9[:-1]):
+        (tmp_path / "export" / SEEN).write_bytes(content)
         main(command)
+        printed = capsys.readouterr()
+        assert re.search(
+            r"warning: .* cannot be told \(.*training_posts.npy .*delete it", printed.err
+        )
+        assert "100 posts" in printed.out and "trained on about" not in printed.err
 
 
 def test_metrics_by_a_column_of_the_file_and_suspicious_labels_in_a_table(
