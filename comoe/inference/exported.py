@@ -182,7 +182,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], *, plain: bool = Fal
     what, tokenizer, problem = f"{folder}: its tokenizer", None, ""
     with parsing(what, AGAIN):
         if plain:
-            whole = functools.cache(lambda: read_tokenizer(folder, config))
+            whole = functools.partial(read_tokenizer, folder, config)
             tokenizer = read_json_tokenizer(folder, config.get("tokenizer"), whole)
         if tokenizer is None:
             tokenizer, problem = _of_transformers(folder, config["encoder"])

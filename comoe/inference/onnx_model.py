@@ -5,6 +5,7 @@ Batches of NumPy arrays need no PyTorch, which takes longer to import than the f
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -30,8 +31,9 @@ LOGITS, ATTENTION, EMBEDDING = "comoe.logits.", "comoe.attention.", "comoe.embed
 """Beginnings of the names of outputs, before that of the task; and the one of ``OnnxModel.embed``."""
 
 TOKENS = 384
-"""Tokens of a pass for each thread. What lies between two products then stays in the cache: of 8
-bits four times as many take two fifths longer per post."""
+"""Tokens of a pass. What lies between two products then stays in the cache: of 8 bits four times as
+many take two fifths longer per post. Of any number of threads, as the scale of 8-bit states, and with
+it every digit, depends on what shares a pass."""
 
 SLOWER = ["SkipLayerNormFusion"]
 """What onnxruntime 1.32 fuses to operations that take longer on a CPU than their parts."""
@@ -60,11 +62,11 @@ class OnnxModel:
         need("onnx", "onnxruntime", what="--backend onnx")
         import onnxruntime
 
+        self.path = path
         options = onnxruntime.SessionOptions()
         self.threads = threads or usual_threads()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        self._tokens = TOKENS * self.threads
         options.log_severity_level = 3  # errors
         with parsing(path, "export the model again"):
             self.session = onnxruntime.InferenceSession(
@@ -75,6 +77,10 @@ class OnnxModel:
             )
         self._inputs = [one.name for one in self.session.get_inputs()]
         self._outputs = [one.name for one in self.session.get_outputs()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Read again where it is unpickled; a session cannot be."""
+        return functools.partial(OnnxModel, self.path, threads=self.threads), ()
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Logits and attentions of every row, tensors or arrays as the batch has them."""
@@ -94,7 +100,7 @@ class OnnxModel:
         given = {name: np.asarray(getattr(batch, INPUTS[name])) for name in self._inputs}
         rows, length = batch.input_ids_BL.shape
         lengths_B = np.asarray(batch.attention_mask_BL).sum(axis=1)
-        step, parts = max(1, self._tokens // length), []
+        step, parts = max(1, TOKENS // length), []
         for start in range(0, rows, step):
             some = slice(start, start + step)
             longest = int(lengths_B[some].max())

@@ -7,7 +7,7 @@ same model, and decoded by its task's kind.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from comoe.inference.forward import Forward, choose_precision, put_prediction, w
 from comoe.inference.hub import OnHub, find_export
 from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
 from comoe.inference.passes import WINDOW, check_windows, forward_passes, refuse_mixed, task_passes
+from comoe.inference.turns import Turns, in_turn
 from comoe.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Predictor(OnHub):
     ...}]``. What stands under a task depends on its kind: ``label`` and ``scores`` of every label;
     ``labels`` and ``scores``; ``value``; or ``words``, ``tags``, ``scores`` and ``spans``; or
     ``answer``, a text, and its ``probability``. A post that was cut to the model's length has
-    ``truncated`` as well, one that was predicted without its bad image ``image_error``.
+    ``truncated`` as well, one that was predicted without its bad image ``image_error``. Threads may
+    share a predictor, which computes for one at a time; it can be pickled.
     """
 
     exported: Exported
@@ -54,6 +56,8 @@ class Predictor(OnHub):
     """Of its products (autocast); the weights stay float32. A word for an ONNX file."""
     long: LongPosts = LongPosts()
     """What becomes of posts with more tokens than the model reads; see ``with_long``."""
+    turns: Turns = field(default_factory=Turns, repr=False, compare=False)
+    """Taken while it computes: a tokenizer holds how it cuts."""
 
     @classmethod
     def from_pretrained(
@@ -154,6 +158,7 @@ class Predictor(OnHub):
             return [task for task in self.tasks if task.reads != "author"] or list(self.tasks)
         return refuse_mixed([known[name] for name in dict.fromkeys(names)])
 
+    @in_turn
     def __call__(
         self,
         texts: Sequence[str],
@@ -299,6 +304,7 @@ class Predictor(OnHub):
     def _explainer(self) -> Explainer:
         return Explainer(self.exported, self.collator, self.device)
 
+    @in_turn
     def embed(
         self,
         texts: Sequence[str],

@@ -6,6 +6,7 @@ give the same tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,7 +98,7 @@ class JsonTokenizer:
             setattr(self, f"{name}_token_id", token and tokenizer.token_to_id(token))
         tokenizer.encode_special_tokens = description["split_special_tokens"]
         tokenizer.no_padding()
-        self._whole = whole
+        self._read_whole = whole
 
     def __call__(
         self,
@@ -155,7 +156,11 @@ class JsonTokenizer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._whole(), name)
+        return getattr(self._whole, name)
+
+    @functools.cached_property
+    def _whole(self) -> Any:
+        return self._read_whole()
 
 
 def description_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:

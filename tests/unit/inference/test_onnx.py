@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from comoe.models.encoders.families import family_of
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from comoe.inference import onnx_export  # noqa: E402
+from comoe.inference import onnx_export, onnx_model  # noqa: E402
 from comoe.inference.onnx_model import ONNX, OnnxModel  # noqa: E402
 
 POSTS = ["good day @user", "", "the sun is bad", "rain", "a b c d e f g h i j k l m n o p q r s t"]
@@ -104,7 +105,7 @@ def one_of_each_layer(family: str) -> dict:
 
 
 @pytest.mark.parametrize("case", [*sorted(TRACED), *GATES, *SHARING])
-def test_logits_are_those_of_pytorch_whatever_the_shape(case, tmp_path):
+def test_logits_are_those_of_pytorch_whatever_the_shape(case, tmp_path, monkeypatch):
     torch.manual_seed(0)
     moe, more = GATES.get(case, moe_config(layers="top-1")), SHARING.get(case, {})
     config = ModelConfig(
@@ -127,7 +128,8 @@ def test_logits_are_those_of_pytorch_whatever_the_shape(case, tmp_path):
     assert onnx_export.largest_difference(found, batches, expected) < onnx_export.CLOSE
     for batch, output, embedding in zip(batches, expected, embeddings, strict=True):
         torch.testing.assert_close(found.embed(batch), embedding, atol=1e-5, rtol=0)
-        found._tokens = 2 * batch.input_ids_BL.shape[1]  # passes of two rows, some of them shorter
+        two = 2 * batch.input_ids_BL.shape[1]
+        monkeypatch.setattr(onnx_model, "TOKENS", two)  # passes of two rows, some of them shorter
         attentions = found(batch).attentions
         assert attentions.keys() == output.attentions.keys()
         for name, attention in attentions.items():
@@ -186,6 +188,19 @@ def test_8_bits_are_close_small_and_keep_gates_and_heads_whole(exports):
     ]  # fmt: skip
     assert all(len(dims) == 1 or min(dims) <= 4 for dims in whole) and len(whole) == 5 + 4 + 3
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) >= 3 * 9
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_neither_threads_nor_a_pickle_change_a_digit(exports, precision):
+    posts = [f"{text} {i % 7}" for i, text in enumerate(POSTS * 20)]
+    found = []
+    for threads in (1, 2, 3):
+        one = Predictor.from_pretrained(exports / precision, backend="onnx", threads=threads)
+        found.append(one(posts))
+        assert one.exported.model.threads == threads
+    again = pickle.loads(pickle.dumps(one))
+    assert found[0] == found[1] == found[2] == again(posts)
+    assert again.exported.model.threads == 3
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Predictions: the same as the model's own, in the order of the input, none of them lost."""
 
+import copy
 import itertools
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,6 +57,32 @@ def test_the_batch_size_changes_neither_predictions_nor_their_order(tmp_path, ro
     predictor = tiny_predictor(tmp_path, route_by=route_by)
     expected = [predictor([text], explain=True)[0] for text in TEXTS]
     assert_same(predictor(TEXTS, batch_size=batch_size, explain=True), expected)
+
+
+def test_it_can_be_pickled_and_copied(predictor):
+    expected = predictor(TEXTS)
+    for again in (pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        assert again(TEXTS) == expected
+        assert again.exported.tokenizer.decode([5]) == predictor.exported.tokenizer.decode([5])
+    whole = pickle.loads(pickle.dumps(predictor))  # the tokenizer of transformers, once it was read
+    assert whole(TEXTS) == expected
+
+
+def test_threads_may_share_it(predictor):
+    words = LONG.split()
+    expected = [predictor([LONG], tasks=["mood"]), predictor([""], words=[words], tasks=["words"])]
+    vector = predictor.embed([LONG])[0]["embedding"]
+
+    def ask(number):
+        if number % 4 == 3:
+            return np.array_equal(predictor.embed([LONG])[0]["embedding"], vector)
+        if number % 2:
+            return predictor([""], words=[words], tasks=["words"]) == expected[1]
+        # Another view of the same model takes turns with it.
+        return predictor.with_long("cut")([LONG], tasks=["mood"]) == expected[0]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(80)))
 
 
 def test_a_stream_without_end_is_read_window_by_window(predictor):

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import re
 import threading
 from pathlib import Path
@@ -370,12 +371,15 @@ ASKED = st.fixed_dictionaries(
         "task": st.sampled_from(["mood", "x"]) | JSON,
         "model": st.sampled_from(["tiny", "x"]) | JSON,
         "revision": JSON,
+        "method": st.sampled_from(["attention", "gradients", "experts", "x"]) | JSON,
     },
 )  # fmt: skip
 
 
 @settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=int(os.environ.get("COMOE_FUZZ", "0")) or 30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     path=st.sampled_from(["/v1/predict", "/v1/explain", "/v1/embed"]),

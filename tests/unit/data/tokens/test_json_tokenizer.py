@@ -11,6 +11,7 @@ import pytest
 import transformers
 from helpers_data import byte_level_tokenizer, wordpiece_tokenizer
 from helpers_model import HF_CONFIGS
+from tokenizers.processors import ByteLevel
 from transformers import ByT5Tokenizer, TokenizersBackend
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -23,7 +24,7 @@ from comoe.data.tokens.json_tokenizer import (
     description_of,
     read_json_tokenizer,
 )
-from comoe.data.tokens.tokenize import tokenize
+from comoe.data.tokens.tokenize import encode_pairs, tokenize
 from comoe.data.tokens.vocabulary import WHOLE, is_causal
 from comoe.inference.exported import read_tokenizer
 
@@ -130,6 +131,65 @@ def test_it_gives_the_tokens_of_transformers_for_every_family(family, tmp_path):
         for name in ("input_ids", "token_types", "word_ids", "offsets", "truncated"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
     assert Collator(own, ())._segments == Collator(theirs, ())._segments
+    for tokenizer in (own, theirs):
+        assert_pairs_are_those_of_the_library(tokenizer)
+
+
+def tokens_of(encodings: Sequence[Any]) -> list[Any]:
+    """What is read of pairs."""
+    return [
+        (one.ids, one.type_ids, one.word_ids, one.sequence_ids, bool(one.overflowing))
+        for one in encodings
+    ]
+
+
+def assert_pairs_are_those_of_the_library(tokenizer: Any) -> None:
+    draw, side = random.Random(1), tokenizer.truncation_side
+    firsts, seconds = (
+        [" ".join(draw.choices(PARTS, k=draw.choice((1, 3, 9, 30)))) for _ in range(20)]
+        for _ in range(2)
+    )
+    words = [[text.split() or ["a"] for text in some] for some in (firsts, seconds)]
+    for tokenizer.truncation_side in ("left", "right"):
+        for as_words, columns in ((False, (firsts, seconds)), (True, words)):
+            split = {"is_split_into_words": as_words}
+            for length in (7, 16, 33):
+                found = encode_pairs(tokenizer, *columns, as_words=as_words, max_length=length)
+                limits = {"truncation": "longest_first", "max_length": length}
+                expected = tokenizer(*columns, **limits, **split).encodings
+                assert tokens_of(found) == tokens_of(expected)
+    tokenizer.truncation_side = side
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("post", [True, False], ids=["special", "bare"])
+def test_pairs_of_every_length_are_those_of_the_library(side, post):
+    tokenizer = wordpiece_tokenizer(["a"])
+    tokenizer.truncation_side = side
+    if not post:  # then the library's own way gives the segments
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    counts = [(first, second) for first in range(17) for second in range(17) if first + second]
+    texts, pairs = ([" ".join("a" * n) for n in column] for column in zip(*counts, strict=True))
+    for length in range(3, 9):
+        found = encode_pairs(tokenizer, texts, pairs, as_words=False, max_length=length)
+        limits = {"truncation": "longest_first", "max_length": length}
+        assert tokens_of(found) == tokens_of(tokenizer(texts, pairs, **limits).encodings)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_is_cut_from_a_pair_does_not_grow_with_the_product_of_its_texts(side):
+    tokenizer = own_kind("bert")
+    tokenizer.truncation_side = side
+    counts = []
+    for characters in (300, 3000):
+        text = "日本語" * (characters // 3)
+        (made,) = encode_pairs(tokenizer, [text], [text], as_words=False, max_length=32)
+        counts.append(len(made.overflowing))
+        posts = unlabelled_posts([text], tasks=(), pairs=[text])
+        assert tokenize(posts, tokenizer, max_length=32, normalize=None).truncated.tolist() == [
+            True
+        ]
+    assert counts[0] == counts[1] < 20
 
 
 def test_characters_of_a_word_are_found(tmp_path):
