@@ -174,6 +174,14 @@ def test_pairs_of_every_length_are_those_of_the_library(side, post):
         found = encode_pairs(tokenizer, texts, pairs, as_words=False, max_length=length)
         limits = {"truncation": "longest_first", "max_length": length}
         assert tokens_of(found) == tokens_of(tokenizer(texts, pairs, **limits).encodings)
+        # A context is cut, and its post is not.
+        room = length - tokenizer.num_special_tokens_to_add(pair=True)
+        fits = [(" ".join("a" * i), " ".join("a" * j)) for i, j in counts if i < room]
+        if fits:
+            columns = [list(column) for column in zip(*fits, strict=True)]
+            limits["truncation"] = "only_second"
+            found = encode_pairs(tokenizer, *columns, as_words=False, **limits)
+            assert tokens_of(found) == tokens_of(tokenizer(*columns, **limits).encodings)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
