@@ -116,11 +116,10 @@ class Journal:
         """Remove what an earlier run has left; returns the posts that it had predicted."""
         posts = 0
         if self.path.is_file() and not self.path.is_symlink():
-            with contextlib.suppress(sqlite3.Error):
+            # Nothing has to be right here: it may be damaged, or have no window yet.
+            with contextlib.suppress(sqlite3.Error, TypeError, ValueError):
                 with contextlib.closing(sqlite3.connect(self.path)) as db:
-                    posts = db.execute("SELECT posts FROM done").fetchone()[0]
-            with contextlib.suppress(TypeError):
-                posts = int(posts)
+                    posts = sum(int(found) for (found,) in db.execute("SELECT posts FROM done"))
         self._remove()
         return posts
 
@@ -185,8 +184,9 @@ class Journal:
         """The prediction of a post that is known."""
         asked = "SELECT prediction FROM known WHERE key = ?"
         with self._using("reading"):
-            (found,) = self._db.execute(asked, (key,)).fetchone()
-        return json.loads(zlib.decompress(found))
+            for (found,) in self._db.execute(asked, (key,)):
+                return json.loads(zlib.decompress(found))
+            raise sqlite3.DatabaseError("a prediction is gone")
 
     def remember(self, predictions: Iterable[tuple[bytes, dict[str, Any]]], *, post: int) -> None:
         """Keep predictions of a window, whose first post has this number, until the next commit saves them."""
