@@ -33,6 +33,11 @@ CREATE INDEX IF NOT EXISTS known_post ON known (post);
 _SAVE = "INSERT OR REPLACE INTO done VALUES (0, ?, ?, ?, ?, 0)"
 
 
+def journal_of(target: Path) -> Path:
+    """The data base beside an output."""
+    return target.with_name(f".{target.name}.journal")
+
+
 class Journal:
     """What is done of one output.
 
@@ -59,7 +64,7 @@ class Journal:
                 self._db.executescript(_TABLES)
             return
         self.part = target.with_name(f".{target.name}{PART}")
-        self.path = target.with_name(f".{target.name}.journal")
+        self.path = journal_of(target)
         if not resume:
             self.discarded = self._discard()
         try:

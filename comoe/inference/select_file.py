@@ -18,6 +18,7 @@ from comoe.config.files import (
 )
 from comoe.data.posts import Post
 from comoe.data.reading.label_studio import is_labeled
+from comoe.data.reading.sources import format_of
 from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
 from comoe.inference.options import PredictOptions
 from comoe.inference.post_stream import open_posts
@@ -138,6 +139,8 @@ def _labeled(
             raise ValueError(f"--exclude {path}: each of its tasks must have data with {TEXT}.")
         return [Post(text=data[TEXT], pair=data.get(PAIR)) for data in found]
     columns = PredictOptions(text_column=options.text_column, pair_column=options.pair_column)
+    if format_of(path) == "txt":  # which has no columns
+        columns = PredictOptions()
     return [
         post
         for post in open_posts(str(path), columns, model=predictor, tasks=tasks)
