@@ -525,8 +525,8 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     # It is said, once, what is not read and how it is.
     said = capsys.readouterr().err
-    assert said.count("aspect, polarity had second texts from column target in training") == 1
-    assert "--task aspect --task polarity alone reads the column" in said
+    assert said.count("warning: polarity had second texts from column target in training") == 1
+    assert "; --task polarity alone reads the column" in said
     predict_file(
         alone, source, tmp_path / "out.jsonl", PredictOptions(tasks=["aspect", "polarity"])
     )
