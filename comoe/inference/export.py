@@ -25,12 +25,12 @@ from comoe.config.load import load_saved_recipe
 from comoe.config.recipe import Recipe
 from comoe.data.images.pixels import ImageProcessor
 from comoe.data.reading.inputs import column_in_training
-from comoe.data.seen_posts import SEEN
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.evaluation.calibration import with_calibration
 from comoe.inference.checkpoint_folder import (
     CARD,
     MANIFEST,
+    SEEN,
     SPARED,
     checkpoint_of,
     choose_checkpoint,
