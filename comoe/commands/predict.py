@@ -37,7 +37,8 @@ def parser() -> ArgumentParser:
     add_model(found)
     add("--input", required=True, help="posts: a file, a folder of Parquet, hf://name[:split], or -")
     add("--input-format", help="txt, csv, tsv, jsonl or parquet (default: by the ending)")
-    add("--output", required=True, type=Path, help="predictions; missing folders are made")
+    add("--output", required=True, type=Path,
+        help="predictions; missing folders are made; - is standard output")
     add("--format", help="jsonl, csv, html, parquet or tweeteval (default: parquet for an --output that "
         "ends so, else jsonl)")
     add("--resume", action="store_true", help="go on behind what an unfinished run has predicted")
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from comoe.inference.options import PredictOptions
 
+    if options.output == Path("-"):
+        if options.json_summary == "-":
+            raise ValueError("--output and --json-summary are both standard output; name a file.")
+        options.output = Path("/dev/stdout")
     _check_summary(options)
     if options.format is None:
         options.format = "parquet" if options.output.suffix == ".parquet" else "jsonl"

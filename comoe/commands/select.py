@@ -1,7 +1,7 @@
 """Choose the posts to label next, and write them as tasks of Label Studio with the model's predictions.
 
     comoe select --model runs/starter/export --input posts.txt --n 200 --output to_label
-    comoe select --model F --input posts.csv --task mood --exclude labeled.json --output to_label
+    comoe select --model F --input posts.csv --task mood --exclude labeled.json --output more
 
 The folder gets posts.json (import it), interface.xml (the labeling interface) and posts.csv. A JSON
 export of Label Studio is read by a recipe with format: label_studio.

@@ -209,6 +209,21 @@ def _csv_cell(cell: Any, raw: bool) -> str:
     return '"' + text.replace('"', '""') + '"' if quoted else text
 
 
+DEFUSED = "defused"
+"""Column of a CSV file that names the cells of its row, joined by ;, which got an apostrophe: ``csv_rows`` takes it off
+again."""
+
+
+def defused_columns(row: Mapping[str, Any]) -> str:
+    """What a row has in the column ``DEFUSED``: the columns whose text ``csv_line`` changes."""
+    texts = {name: cell for name, cell in row.items() if isinstance(cell, str)}
+    return ";".join(
+        name
+        for name, cell in texts.items()
+        if not _SIGNED.fullmatch(cell) and _FORMULA.search(cell)
+    )
+
+
 def read_csv_text(text: str) -> str:
     """The text that ``csv_line`` wrote as this cell, without the apostrophes."""
     return _DEFUSED.sub(r"\1\2", text)

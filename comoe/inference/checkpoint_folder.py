@@ -10,6 +10,7 @@ from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.config.files import digest_of, read_json, write_json
+from comoe.data.seen_posts import SEEN
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without
@@ -20,6 +21,13 @@ BEST = "best.json"
 
 OWNER = ".run"
 """Identifier of the run that a folder of checkpoints belongs to."""
+
+CARD = "README.md"
+"""Model card of an export."""
+
+SPARED = (CARD, SEEN)
+"""Files of an export that the manifest does not list: the card is there to be edited, the filter of posts to be
+deleted."""
 
 NEEDED = ("state.json", "weights/model.safetensors")
 """Files without which a checkpoint is none."""
@@ -71,7 +79,7 @@ def is_part_of(path: Path, folder: Path) -> bool:
         return False
     # Older versions wrote no manifest.
     own = read_manifest(folder).get("files")
-    return own is None or place.relative_to(folder).as_posix() in {*own, MANIFEST}
+    return own is None or place.relative_to(folder).as_posix() in {*own, MANIFEST, *SPARED}
 
 
 def manifest_problem(
@@ -165,6 +173,8 @@ def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
     """
     if which not in CHOICES:
         raise unknown_name("choice of --which", which, CHOICES)
+    if not run.exists():
+        raise ValueError(f"{run}: there is no such folder; name that of a run, or a checkpoint.")
     folder = run / "checkpoints"
     whole, broken = sorted_checkpoints(folder, verify=verify)
     problems = "; ".join(f"{path.name}: {problem}" for path, problem in broken.items())

@@ -28,14 +28,17 @@ from comoe.data.reading.inputs import column_in_training
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.evaluation.calibration import with_calibration
 from comoe.inference.checkpoint_folder import (
+    CARD,
     MANIFEST,
+    SEEN,
+    SPARED,
     checkpoint_of,
     choose_checkpoint,
     read_manifest,
     whats_wrong,
     write_manifest,
 )
-from comoe.inference.export_config import CARD, CONFIG, SEEN, SPARED, WEIGHTS, export_config
+from comoe.inference.export_config import CONFIG, WEIGHTS, export_config
 from comoe.inference.exported import describe_tokenizer, load_exported, read_image_processor
 from comoe.inference.model_card import model_card
 from comoe.models.moe.gate import GATES

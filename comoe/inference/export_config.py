@@ -17,18 +17,13 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.data.datasets import read_as_words
 from comoe.data.reading.inputs import columns_in_training
-from comoe.data.seen_posts import SEEN
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
 """Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
 
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-
-
-SPARED = (CARD, SEEN)
-"""Files that the manifest does not list: the card is there to be edited, the filter of posts to be deleted."""
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 AGAIN = "copy or export the folder again"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from comoe import __version__
 from comoe.config.files import same_file
-from comoe.inference.checkpoint_folder import MANIFEST, manifest_problem, read_manifest
-from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, read_export_config
+from comoe.inference.checkpoint_folder import CARD, MANIFEST, manifest_problem, read_manifest
+from comoe.inference.export_config import CONFIG, WEIGHTS, read_export_config
 
 if TYPE_CHECKING:
     from comoe.inference.exported import Exported

@@ -33,6 +33,11 @@ CREATE INDEX IF NOT EXISTS known_post ON known (post);
 _SAVE = "INSERT OR REPLACE INTO done VALUES (0, ?, ?, ?, ?, 0)"
 
 
+def journal_of(target: Path) -> Path:
+    """The data base beside an output."""
+    return target.with_name(f".{target.name}.journal")
+
+
 class Journal:
     """What is done of one output.
 
@@ -59,7 +64,7 @@ class Journal:
                 self._db.executescript(_TABLES)
             return
         self.part = target.with_name(f".{target.name}{PART}")
-        self.path = target.with_name(f".{target.name}.journal")
+        self.path = journal_of(target)
         if not resume:
             self.discarded = self._discard()
         try:
@@ -116,11 +121,10 @@ class Journal:
         """Remove what an earlier run has left; returns the posts that it had predicted."""
         posts = 0
         if self.path.is_file() and not self.path.is_symlink():
-            with contextlib.suppress(sqlite3.Error):
+            # Nothing has to be right here: it may be damaged, or have no window yet.
+            with contextlib.suppress(sqlite3.Error, TypeError, ValueError):
                 with contextlib.closing(sqlite3.connect(self.path)) as db:
-                    posts = db.execute("SELECT posts FROM done").fetchone()[0]
-            with contextlib.suppress(TypeError):
-                posts = int(posts)
+                    posts = sum(int(found) for (found,) in db.execute("SELECT posts FROM done"))
         self._remove()
         return posts
 
@@ -185,8 +189,9 @@ class Journal:
         """The prediction of a post that is known."""
         asked = "SELECT prediction FROM known WHERE key = ?"
         with self._using("reading"):
-            (found,) = self._db.execute(asked, (key,)).fetchone()
-        return json.loads(zlib.decompress(found))
+            for (found,) in self._db.execute(asked, (key,)):
+                return json.loads(zlib.decompress(found))
+            raise sqlite3.DatabaseError("a prediction is gone")
 
     def remember(self, predictions: Iterable[tuple[bytes, dict[str, Any]]], *, post: int) -> None:
         """Keep predictions of a window, whose first post has this number, until the next commit saves them."""

@@ -52,6 +52,10 @@ class LongPosts:
             raise unknown_name("--long-scores", self.scores, MERGES)
         if self.overlap is not None and self.overlap < 0:
             raise ValueError(f"--long-overlap is {self.overlap}; it must be at least 0.")
+        if self.overlap is not None and self.mode != "windows":
+            raise ValueError(
+                f"--long-overlap {self.overlap} is of windows; give --long windows, or leave it out."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from comoe.config.extras import need
 from comoe.config.files import read_json, write_json
-from comoe.inference.checkpoint_folder import MANIFEST, write_manifest
+from comoe.data.seen_posts import SEEN
+from comoe.inference.checkpoint_folder import MANIFEST, SPARED, write_manifest
 from comoe.inference.export import replacing
-from comoe.inference.export_config import CONFIG, SEEN, SPARED
+from comoe.inference.export_config import CONFIG
 from comoe.inference.exported import Exported, describe_tokenizer, load_exported
 from comoe.inference.hub import copy_export
 from comoe.inference.onnx_model import ATTENTION, EMBEDDING, INPUTS, LOGITS, ONNX, OnnxModel

@@ -108,6 +108,11 @@ def open_posts(
     if rows.plain or rows.rows:
         trained, names = model and model.image_column, None if rows.plain else rows.columns
         image = choose_column(trained, asked=image, columns=names)
+    if rows.plain and tasks and (text or pair):
+        option, column = ("--text-column", text) if text else ("--pair-column", pair)
+        raise ValueError(
+            f"{option} {column}: a .txt file has no columns; leave the option out, or give a .jsonl, .csv or .tsv file."
+        )
     if rows.plain:
         text, pair = USUAL_TEXT, None
     elif rows.rows:

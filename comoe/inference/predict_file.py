@@ -18,7 +18,7 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file, is_read_from, lock_beside, locked, written_directly
 from comoe.inference.checkpoint_folder import is_part_of
 from comoe.inference.engines import Answers, Job, predict_in_processes
-from comoe.inference.journal import Journal
+from comoe.inference.journal import Journal, journal_of
 from comoe.inference.options import DEFAULT, PredictOptions
 from comoe.inference.post_stream import PostStream, open_posts
 from comoe.inference.predictor import Predictor
@@ -71,6 +71,8 @@ def predict_file(
     writer.check(target)
     with contextlib.ExitStack() as stack:
         kept = target if stack.enter_context(_only_one(target)) else None
+        if options.resume and kept is not None:
+            _refuse_finished(target)
         posts = open_posts(source, options, model=predictor, tasks=writer.tasks)
         if kept is None and options.adapts:
             # Read twice, which a pipe is not; nobody else may read it.
@@ -103,6 +105,16 @@ def _refuse_read(target: Path, source: Path, predictor: Predictor) -> None:
     if source.is_dir() and source.resolve() in target.resolve().parents:
         raise ValueError(
             f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
+        )
+
+
+def _refuse_finished(target: Path) -> None:
+    """ValueError for an output without a journal: it is whole, and ``--resume`` would predict all of it again."""
+    begun = journal_of(target).is_file() or not target.exists()
+    if not begun and (any(target.iterdir()) if target.is_dir() else target.stat().st_size):
+        raise ValueError(
+            f"--resume: {target} is finished, as no unfinished run has left anything beside it; nothing was predicted. "
+            "Leave --resume out to predict it anew."
         )
 
 

@@ -120,6 +120,10 @@ def choose_adapted(tasks: Sequence[Task]) -> list[Task]:
     Raises:
         ValueError: none can be.
     """
+    if not tasks:
+        raise ValueError(
+            "--adapt-prior: each of these tasks has its rates from --assume-rate; give one of the two, or more tasks."
+        )
     able = [task for task in tasks if adaptable(task)]
     if not able:
         names = ", ".join(task.name for task in tasks)

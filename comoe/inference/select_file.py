@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from comoe.config.files import (
+    DEFUSED,
     check_target,
     csv_line,
+    defused_columns,
     is_read_from,
     read_json,
     write_atomic,
@@ -16,6 +18,7 @@ from comoe.config.files import (
 )
 from comoe.data.posts import Post
 from comoe.data.reading.label_studio import is_labeled
+from comoe.data.reading.sources import format_of
 from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
 from comoe.inference.options import PredictOptions
 from comoe.inference.post_stream import open_posts
@@ -43,7 +46,7 @@ def select_file(
     Args:
         predictor: the model.
         source: as of ``comoe predict``.
-        folder: gets ``posts.json``, ``interface.xml`` and ``posts.csv``, replaced if they are there.
+        folder: gets ``posts.json``, ``interface.xml`` and ``posts.csv``; none of them may be there.
         options: tasks, columns and batch size.
         strategy: one of ``comoe.inference.select.STRATEGIES``.
         count: posts to choose.
@@ -95,11 +98,10 @@ def _check_files(
     for place in places.values():
         if any(is_read_from(place, path) for path in read):
             raise ValueError(f"{place} would replace what is read; name another --output.")
-        # It is written first.
-        if place.exists() and not places[INTERFACE].is_file():
+        # Labels may have been written into it.
+        if place.exists():
             raise ValueError(
-                f"{place} is there, without the {INTERFACE} that comoe select writes beside it, and would be "
-                "replaced; name another --output, or move it away."
+                f"{place} is there, perhaps with labels, and would be replaced; name another --output, or move it away."
             )
 
 
@@ -137,6 +139,8 @@ def _labeled(
             raise ValueError(f"--exclude {path}: each of its tasks must have data with {TEXT}.")
         return [Post(text=data[TEXT], pair=data.get(PAIR)) for data in found]
     columns = PredictOptions(text_column=options.text_column, pair_column=options.pair_column)
+    if format_of(path) == "txt":  # which has no columns
+        columns = PredictOptions()
     return [
         post
         for post in open_posts(str(path), columns, model=predictor, tasks=tasks)
@@ -181,9 +185,13 @@ def _table(chosen: Sequence[Candidate], tasks: Sequence[Task], with_pair: bool) 
         *([PAIR] if with_pair else []),
         *(task.name for task in tasks),
     ]
-    lines = [csv_line(heads)]
+    rows = []
     for one in chosen:
         row = _data(one, with_pair) | table_cells(one.prediction, tasks)
         row["priority"] = one.priority
-        lines.append(csv_line("" if row.get(head) is None else row[head] for head in heads))
-    return "".join(lines)
+        rows.append(row | {DEFUSED: defused_columns(row)})
+    if any(row[DEFUSED] for row in rows):
+        heads.append(DEFUSED)
+    heads = list(dict.fromkeys(heads))
+    lines = [heads, *([row.get(head) for head in heads] for row in rows)]
+    return "".join(map(csv_line, lines))

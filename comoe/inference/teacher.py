@@ -29,7 +29,8 @@ from comoe.data.soft_labels import SoftLabels, mean_of
 from comoe.data.text.normalize import VERSION
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import all_gather_objects, is_main, rank, world_size
-from comoe.inference.export_config import CARD, read_export_config
+from comoe.inference.checkpoint_folder import CARD
+from comoe.inference.export_config import read_export_config
 from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
+from comoe.config.files import DEFUSED, read_csv_text
 from comoe.data.report import BadRow
 
 
@@ -240,6 +241,8 @@ def csv_rows(
 ) -> Rows:
     """Comma separated, quoted where needed, names of the columns in the first line.
 
+    Cells that the column ``defused`` names lose the apostrophes that keep spreadsheets from running them.
+
     Raises:
         ValueError: the line that names the columns is missing or damaged, or names one twice.
     """
@@ -269,7 +272,11 @@ def csv_rows(
             if last > first:
                 met.first_joined = met.first_joined if met.joined else (first, last)
                 met.joined += 1
-            yield first, dict(zip(header, cells, strict=True))
+            row = dict(zip(header, cells, strict=True))
+            for name in row.get(DEFUSED, "").split(";") if DEFUSED in row else ():
+                if name in row:
+                    row[name] = read_csv_text(row[name])
+            yield first, row
     if header is None:
         raise ValueError(f"{file} is empty; its first line must name the columns.")
 

@@ -165,28 +165,50 @@ def pair_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> str | 
         None where they had different ones, one of them had none, or an older export did not keep
             them.
     """
-    known = config.get("columns", {})
-    reading = (
-        task
-        for task in tasks
-        if task.rules.scored and (task.prompt is None or wants_pair(task.prompt))
-    )
-    named = {known.get(task.name, {}).get("pair") for task in reading}
+    named = set(_pairs_in_training(config, tasks).values())
     return named.pop() if len(named) == 1 else None
 
 
+def _pairs_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> dict[str, str | None]:
+    """Task -> column of its second texts; of tasks that may read any."""
+    known = config.get("columns", {})
+    return {
+        task.name: known.get(task.name, {}).get("pair")
+        for task in tasks
+        if task.rules.scored and (task.prompt is None or wants_pair(task.prompt))
+    }
+
+
 def choose_pair(
-    config: Mapping[str, Any], tasks: Iterable[Task], *, asked: str | None, columns: Sequence[str]
+    config: Mapping[str, Any], tasks: Sequence[Task], *, asked: str | None, columns: Sequence[str]
 ) -> str | None:
-    """The column of second texts to read: ``asked``, else that of training where the input has it (said on stderr)."""
+    """The column of second texts to read: ``asked``, else that of training where the input has it.
+
+    Standard error says so, and also where tasks with different columns leave one out that the input has.
+    """
     trained = None if asked is not None else pair_in_training(config, tasks)
     if trained not in columns:
+        if asked is None:
+            _say_unread(_pairs_in_training(config, tasks), columns)
         return asked
     print(
         f"second texts are read from column {trained}, as in training (--pair-column names another)",
         file=sys.stderr,
     )
     return trained
+
+
+def _say_unread(pairs: Mapping[str, str | None], columns: Sequence[str]) -> None:
+    if len(set(pairs.values())) < 2:
+        return
+    for column in dict.fromkeys(pair for pair in pairs.values() if pair in columns):
+        names = [name for name, pair in pairs.items() if pair == column]
+        asked = " ".join(f"--task {name}" for name in names)
+        print(
+            f"warning: {', '.join(names)} had second texts from column {column} in training and is answered without "
+            f"them, as other tasks had none or others; {asked} alone reads the column",
+            file=sys.stderr,
+        )
 
 
 def choose_author(

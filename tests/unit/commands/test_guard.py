@@ -1,6 +1,7 @@
 """No error leaves a command as a traceback: one sentence, an exit code, and a log where it is ours."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def test_a_bad_input_file_is_one_sentence_and_exit_code_2(word, capfd, model, mo
     lines = capfd.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith(f"comoe{f' {word}' * (word != 'train')}: ")]
     assert code == 2 and len(said) == 1 and "bad" in said[0], lines
+
+
+def test_a_dash_as_output_is_standard_output(capfd, model, monkeypatch):
+    monkeypatch.chdir(model)
+    words = "--model export --input in.txt --output - --device cpu --task mood"
+    predict(words.split())
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == "good day" and not (model / "-").exists()
+    with pytest.raises(SystemExit):
+        predict([*words.split(), "--json-summary", "-"])
+    assert "are both standard output" in capfd.readouterr().err
 
 
 def test_a_full_disk_names_the_predictions(capsys, model, monkeypatch):

@@ -523,9 +523,14 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
     with pytest.raises(ValueError, match=message):
         predict_file(alone, source, tmp_path / "out.jsonl")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    # It is said, once, what is not read and how it is.
+    said = capsys.readouterr().err
+    assert said.count("warning: polarity had second texts from column target in training") == 1
+    assert "; --task polarity alone reads the column" in said
     predict_file(
         alone, source, tmp_path / "out.jsonl", PredictOptions(tasks=["aspect", "polarity"])
     )
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_columns_of_training_are_not_taken_where_they_say_nothing():

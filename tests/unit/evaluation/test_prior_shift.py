@@ -320,6 +320,10 @@ def test_options_that_do_not_go_together_are_refused(predictor, tmp_path):
     with pytest.raises(ValueError, match="heat gives a post no probability"):
         options = PredictOptions(tasks=["heat"], adapt_prior="em")
         predict_file(predictor, tmp_path / "in.txt", tmp_path / "out", options)
+    rates = {"assume_rates": ["mood.good=0.5"], "adapt_prior": "em"}
+    with pytest.raises(ValueError, match="--adapt-prior: each of these tasks has its rates from"):
+        options = PredictOptions(tasks=["mood"], **rates)
+        predict_file(predictor, tmp_path / "in.txt", tmp_path / "out", options)
 
 
 EM = PredictOptions(tasks=["mood"], adapt_prior="em")

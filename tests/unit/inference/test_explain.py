@@ -163,6 +163,14 @@ def test_a_missing_package_and_a_model_without_experts_are_one_sentence(tmp_path
     model = tiny_model(moe_config(num_experts=0), tasks=(MOOD,))
     with pytest.raises(ValueError, match="has no experts"):
         check_explained("experts", [MOOD], model)
+    with_experts = tiny_predictor(tmp_path)
+    monkeypatch.setattr(type(with_experts.exported.model), "moe_layers", lambda model: [])
+    for refused, tasks, rule in (
+        ("experts", ["mood"], "has no experts"),
+        ("gradients", ["words"], "gradients explains tasks with"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            with_experts([POST], tasks=tasks, explain=refused)
     monkeypatch.setattr("comoe.config.extras.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'captum, which is not installed: pip install "comoe\[explain\]"'

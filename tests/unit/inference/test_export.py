@@ -376,6 +376,7 @@ def test_a_folder_without_whole_checkpoints_is_refused(tmp_path):
     for folder, which, message in (
         ("run", "bset", r"bset is not a choice of --which; did you mean best\?"),
         ("bare", "best", "tasks.json is missing; --checkpoint wants a run folder"),
+        ("nosuch", "best", "nosuch: there is no such folder; name that of a run"),
         (".", "best", "holds no whole checkpoint; give a run folder"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -144,10 +144,13 @@ def test_long_posts_are_set_aside_or_told_in_file_and_summary(predictor, tmp_pat
             counted: counts[counted]
         }
         assert told.pop(counted) == 1 and not any(told.values())
+    most = predictor.exported.data_config.max_length
     for options, message in (
         ({"mode": "window"}, "--long.*did you mean windows"),
         ({"mode": "windows", "scores": "median"}, "--long-scores"),
         ({"mode": "windows", "overlap": -1}, "--long-overlap is -1"),
+        ({"mode": "cut", "overlap": 3}, "--long-overlap 3 is of windows; give --long windows"),
+        ({"mode": "windows", "overlap": most}, f"is {most}; it must be below the {most} tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.with_long(**options)

@@ -233,10 +233,14 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
     (tmp_path / "link.txt").symlink_to("in.txt")
     (tmp_path / "in.txt").write_text("good\n")
     (tmp_path / "none.csv").write_text("")
-    weights = predictor.exported.folder / "model.safetensors"
+    folder = predictor.exported.folder
+    weights = folder / "model.safetensors"
+    (folder / "training_posts.npy").write_bytes(b"0")
     for source, target, format, message in (
         ("none.csv", "out", "jsonl", "none.csv is empty; its first line must name the columns"),
         ("in.txt", weights, "jsonl", "model.safetensors is a file of the model"),
+        ("in.txt", folder / "README.md", "jsonl", "README.md is a file of the model"),
+        ("in.txt", folder / "training_posts.npy", "jsonl", "_posts.npy is a file of the model"),
         ("in.csv", "out", "jsonl", "--text-column is 'text', but .* did you mean txet"),
         ("none.txt", "out", "jsonl", "none.txt: there is no such file"),
         ("in.pdf", "out", "jsonl", r"\.pdf is not an ending that can be read.*\.csv.*\.txt"),
@@ -250,6 +254,21 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
                 predictor, tmp_path / source, tmp_path / target, PredictOptions(format=format)
             )
     assert (tmp_path / "in.txt").read_text() == "good\n"
+    for option in ("text_column", "pair_column"):
+        with pytest.raises(ValueError, match=f"--{option[:4]}-column x: a .txt file has no col"):
+            asked = PredictOptions(**{option: "x"})
+            predict_file(predictor, tmp_path / "in.txt", tmp_path / "out", asked)
+
+
+def test_a_finished_output_is_not_predicted_again(predictor, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    (tmp_path / "none").mkdir()
+    for name, format in (("out", "jsonl"), ("none", "parquet")):
+        resumed = PredictOptions(tasks=["mood"], format=format, resume=True)
+        predict_file(predictor, tmp_path / "in.txt", tmp_path / name, resumed)
+        with pytest.raises(ValueError, match=f"--resume: .*{name} is finished, .* predict it anew"):
+            predict_file(predictor, tmp_path / "in.txt", tmp_path / name, resumed)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_the_command_predicts_from_another_folder_and_fails_with_one_sentence(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import io
 import json
 import os
 import signal
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,6 +289,29 @@ def test_only_the_same_run_is_resumed_and_a_fresh_one_says_what_it_gives_up(
     (tmp_path / ".out.jsonl.journal").write_bytes(b"no data base" * 100)
     with pytest.raises(ValueError, match="journal is damaged"):
         predict(predictor, source, target, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_in_its_first_window_is_begun_anew(resume, predictor, tmp_path):
+    source, target = write_input(tmp_path, "a.jsonl", ROWS[:150]), tmp_path / "out.jsonl"
+    killed(predictor, source, target, after=0, dedupe=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / ".out.jsonl.journal")) as db:
+        assert db.execute("SELECT count(*) FROM done").fetchone() == (0,)
+    done = predict(predictor, source, target, resume=resume, dedupe=True)
+    assert (done.resumed_at, len(json_lines(target))) == (0, 150)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("value", [None, "many"])
+def test_a_journal_with_wrong_numbers_keeps_no_fresh_run_from_its_work(value, tmp_path):
+    Journal(tmp_path / "out", {}, resume=False).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / ".out.journal")) as db, db:
+        db.execute("INSERT INTO done VALUES (0, ?, 0, x'', '{}', 0)", (value,))
+    journal = Journal(tmp_path / "out", {}, resume=False)
+    assert (journal.discarded, journal.posts) == (0, 0)
+    with pytest.raises(ValueError, match="journal is damaged .a prediction is gone.; start anew"):
+        journal.recall(b"nobody's")
+    journal.close(remove=True)
 
 
 def test_a_table_goes_on_with_its_own_columns_alone(predictor, tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from comoe.data.posts import Post
+from comoe.data.reading.files import csv_rows, read_whole
 from comoe.data.reading.label_studio import read_label_studio
 from comoe.inference.options import PredictOptions
+from comoe.inference.predict_file import predict_file
 from comoe.inference.select import Selector, entropies, margins, unlike, unsureness
 from comoe.inference.select_file import select_file
 from tests.helpers_export import tiny_predictor
@@ -134,7 +136,7 @@ def test_the_folder_goes_to_label_studio_and_comes_back(predictor, tmp_path):
         select_file(
             predictor,
             tmp_path / "posts.jsonl",
-            tmp_path / "out",
+            tmp_path / "again",
             options,
             exclude=[tmp_path / "labeled.json"],
         )
@@ -171,12 +173,50 @@ def test_files_are_looked_at_before_anything_is_predicted(tmp_path):
             )
 
 
-@pytest.mark.parametrize("name", ["posts.csv", "posts.json"])
-def test_files_of_others_in_the_folder_are_not_replaced(name, predictor, tmp_path):
+TRICKY = [
+    "@ann good sun",
+    "=2+2 bad",
+    "+ good",
+    "-bad, good",
+    "'@quoted bad",
+    "sun; =bad",
+    "-5",
+    "sun",
+]
+
+
+@pytest.mark.parametrize("keep", [None, ["more", "defused"]])
+def test_the_table_is_read_back_as_the_posts_that_were_chosen(keep, predictor, tmp_path):
+    rows = [{"text": text, "more": f"={text}", "defused": "text"} for text in TRICKY]
+    source, table = tmp_path / "posts.jsonl", tmp_path / "out/posts.csv"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PredictOptions(keep=keep)
+    select_file(predictor, source, tmp_path / "out", options)
+    with table.open(encoding="utf-8") as file:
+        written = {row["text"] for row in csv.DictReader(file)}
+    assert {"'@ann good sun", "'=2+2 bad", "'@quoted bad", "-5", "sun; '=bad"} <= written
+    with pytest.raises(ValueError, match=f"no post is left to choose: .*{len(TRICKY)} labeled"):
+        select_file(predictor, source, tmp_path / "more", options, exclude=[table])
+    predict_file(predictor, table, tmp_path / "out.jsonl", PredictOptions(tasks=["mood"]))
+    found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").open()]
+    assert sorted(found) == sorted(TRICKY)
+    read = read_whole(table, csv_rows).rows  # as in training
+    assert [row["text"] for row in read] == found
+    assert keep is None or all(row["more"] == f"={row['text']}" for row in read)
+
+
+def test_a_table_without_formulas_has_no_column_about_them(predictor, tmp_path):
+    (tmp_path / "posts.txt").write_text("\n".join(TEXTS))
+    select_file(predictor, tmp_path / "posts.txt", tmp_path / "out", PredictOptions(), count=2)
+    assert "defused" not in (tmp_path / "out/posts.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ["posts.csv", "posts.json", "interface.xml"])
+def test_files_in_the_folder_are_not_replaced(name, predictor, tmp_path):
     (tmp_path / "posts.txt").write_text("\n".join(TEXTS))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("years of work")
-    with pytest.raises(ValueError, match=f"{name} is there, without the interface.xml"):
+    with pytest.raises(ValueError, match=f"{name} is there, perhaps with labels"):
         select_file(predictor, tmp_path / "posts.txt", tmp_path / "out", PredictOptions(), count=1)
     assert (tmp_path / "out" / name).read_text() == "years of work"
 
