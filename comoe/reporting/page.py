@@ -13,14 +13,13 @@ from markupsafe import Markup
 from comoe import __version__
 from comoe.evaluation.prevalence import Shares
 from comoe.reporting.figures import cross_figure, reliability_svg, shares_figure, time_figure
+from comoe.reporting.parts import MAX_SLICES, ReportOptions
 from comoe.reporting.report import (
     MAX_LABELS,
-    MAX_SLICES,
     OPEN,
     OTHER_KIND,
     SURE,
     UNEXPLAINED,
-    ReportOptions,
 )
 
 
