@@ -7,6 +7,7 @@ With --labeled or --gold the shares are corrected for what the model gets wrong;
 --model its embeddings tell whether the posts are of the kind that the labeled ones are.
 """
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +61,9 @@ def _report(options) -> str:
     from comoe.inference.checkpoint_folder import is_part_of
     from comoe.reporting.drift import Embedder
     from comoe.reporting.page import render
+    from comoe.reporting.parts import ReportOptions
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
-    from comoe.reporting.report import ReportOptions, make_report
+    from comoe.reporting.report import make_report
 
     output = options.output or options.predictions.with_suffix(".html")
     if options.period != "auto" and options.time is None:
@@ -99,6 +101,8 @@ def _report(options) -> str:
     write_atomic(output, render(report, title=title, options=chosen))
     if options.json:
         write_json(options.json, report)
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     return f"{report['posts']:,} posts, {len(report['tasks'])} tasks: {output}"
 
 

@@ -92,7 +92,7 @@ def manifest_problem(
         needed: files that the manifest must list.
         verify: compare the bytes too, by their digests, which takes as long as reading them. Older
             versions wrote none.
-        unread: files that nobody will read, of which the size is enough.
+        unread: files that nobody will read, which may be missing; else their size is enough.
     """
     if not (folder / MANIFEST).is_file():
         return "it has no manifest, so its writing was cut short"
@@ -102,8 +102,11 @@ def manifest_problem(
         return f"its manifest is damaged{lacks}"
     for name, size in manifest["files"].items():
         file = folder / name
-        actual = file.stat().st_size if file.is_file() else "no"
-        if actual != size:
+        if not file.is_file():
+            if name in unread:
+                continue
+            return f"{name} is missing"
+        if (actual := file.stat().st_size) != size:
             return f"{name} has {actual} bytes instead of {size}"
     for name, digest in manifest.get("sha256", {}).items() if verify else ():
         if name in unread:

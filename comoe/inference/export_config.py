@@ -17,6 +17,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.data.datasets import read_as_words
 from comoe.data.reading.inputs import columns_in_training
+from comoe.inference.onnx_model import ONNX
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
@@ -44,7 +45,9 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no export, or one that another version made.
     """
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    # With an ONNX file the weights may be left out.
+    needed = (CONFIG,) if (folder / ONNX).is_file() else (CONFIG, WEIGHTS)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} is not an export: {' and '.join(missing)} missing; `comoe export` makes one from a run folder."

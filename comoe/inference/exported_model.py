@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from comoe.config.failure import parsing
 from comoe.config.recipe import Recipe
 from comoe.inference.export_config import AGAIN, CONFIG, WEIGHTS
+from comoe.inference.onnx_model import ONNX
 from comoe.models.build import build_model
 from comoe.models.encoders.bert import BertEncoder
 from comoe.models.model import MultiTaskModel
@@ -39,9 +40,13 @@ def load_model(
         plain: as of ``comoe.models.encoders.build.build_encoder_from_config``.
 
     Raises:
-        ValueError: a file is damaged, or weights that do not fit or are not finite.
+        ValueError: a file is damaged or missing, or weights that do not fit or are not finite.
     """
     place = folder / WEIGHTS
+    if not place.is_file():
+        raise ValueError(
+            f"{folder} has no {WEIGHTS}, but {ONNX} alone: take --backend onnx, or {AGAIN}."
+        )
     with parsing(place, AGAIN), safe_open(place, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     with parsing(folder / CONFIG, AGAIN):

@@ -198,7 +198,11 @@ def _readable(what: str, token: str | bool | None) -> Iterator[None]:
     """Inside, an error of the hub becomes a ValueError of one line, without the token."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # Those of httpx or httpx2, which the library lets through, are no OSErrors.
+        of_network = type(error).__module__.startswith("httpx")
+        if not (of_network or isinstance(error, (OSError, ValueError, RuntimeError))):
+            raise
         reason = " ".join(str(error).split())[:300]
         if isinstance(token, str) and token:
             reason = reason.replace(token, "***")

@@ -57,6 +57,13 @@ class LongPosts:
                 f"--long-overlap {self.overlap} is of windows; give --long windows, or leave it out."
             )
 
+    def check_overlap(self, size: int) -> None:
+        """ValueError where neighbors of windows of ``size`` tokens would share all of them."""
+        if self.overlap is not None and self.overlap >= size:
+            raise ValueError(
+                f"--long-overlap is {self.overlap}; it must be below the {size} tokens of a window."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class LongText:

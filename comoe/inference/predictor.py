@@ -21,14 +21,7 @@ from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.inference.columns import Posts, columns_of, locate_images, read_columns
-from comoe.inference.explain import (
-    EXPERTS,
-    GRADIENTS,
-    Explainer,
-    check_backend,
-    check_explained,
-    method_of,
-)
+from comoe.inference.explain import ATTENTION, GRADIENTS, Explainer, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
 from comoe.inference.hub import OnHub, find_export
@@ -133,11 +126,8 @@ class Predictor(OnHub):
         Raises:
             ValueError: an unknown word, or a number out of range.
         """
-        long, size = LongPosts(mode, **options), self.exported.data_config.max_length
-        if long.overlap is not None and long.overlap >= size:
-            raise ValueError(
-                f"--long-overlap is {long.overlap}; it must be below the {size} tokens of a window."
-            )
+        long = LongPosts(mode, **options)
+        long.check_overlap(self.exported.data_config.max_length)
         return replace(self, long=long)
 
     @property
@@ -206,9 +196,10 @@ class Predictor(OnHub):
                 a model of texts; gradients or experts where none of the tasks, or not the model, has any.
         """
         chosen, method = self.choose_tasks(tasks), method_of(explain)
-        check_backend(method, self.exported.model)
-        if method in (GRADIENTS, EXPERTS):
-            check_explained(method, chosen, self.exported.model)
+        if method:
+            # Tasks without attention have none; the other methods are asked for.
+            of = self.tasks if method == ATTENTION else chosen
+            check_explained(method, of, self.exported.model)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
         if self.long.mode == "windows":
             check_windows(chosen, explained=bool(method))

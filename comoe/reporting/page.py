@@ -13,14 +13,13 @@ from markupsafe import Markup
 from comoe import __version__
 from comoe.evaluation.prevalence import Shares
 from comoe.reporting.figures import cross_figure, reliability_svg, shares_figure, time_figure
+from comoe.reporting.parts import MAX_SLICES, ReportOptions
 from comoe.reporting.report import (
     MAX_LABELS,
-    MAX_SLICES,
     OPEN,
     OTHER_KIND,
     SURE,
     UNEXPLAINED,
-    ReportOptions,
 )
 
 
@@ -96,10 +95,11 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
     drift = task.get("drift", {})
     by = "embeddings" if drift.get("embeddings") else "words"
     if drift.get(by) and (area := drift[by]["auc"]) > OTHER_KIND:
+        wrong = ", and then the corrected shares are wrong" if "corrected" in task else ""
         found.append(
             f"These posts are of another kind than the labeled ones: their {by} tell them apart (area under the curve "
-            f"{area:.2f}). The model may err otherwise here, and then the corrected shares are wrong: label some 200 "
-            "of these posts, drawn at random, and give them with --gold."
+            f"{area:.2f}). The model may err otherwise here{wrong}: label some 200 of these posts, drawn at random, "
+            "and give them with --gold."
         )
     if (index := drift.get("scores", 0.0)) > 0.25:
         found.append(

@@ -15,6 +15,7 @@ from comoe.config.files import read_csv_text
 from comoe.data.reading.files import RawSplit
 from comoe.data.reading.sources import format_of, read_input
 from comoe.data.reading.stream import open_stream
+from comoe.tasks.metrics import entities
 
 ONE, SEVERAL, NUMBER, SPANS = "one label", "several labels", "number", "spans"
 """What a task predicts for a post."""
@@ -39,6 +40,8 @@ class TaskPredictions:
     """Of the posts, where gold labels are."""
     rows: np.ndarray | None = None
     """Numbers of the posts in the corpus that they are a sample of, if they are."""
+    bad: Sequence[str] = ()
+    """Rows with gold labels that could not be read."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -161,23 +164,56 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
     """Predictions with gold labels by task: ``predictions/validation`` of a run folder, or files like those.
 
     Raises:
-        ValueError: no such folder, or no file in it has gold labels.
+        ValueError: no such folder, no file in it has gold labels, or one where no row can be read.
     """
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
     found = {}
     for path in files:
-        rows = [row for row in read_input("labeled", str(path)).rows if row.get("gold") is not None]
-        rows = [row for row in rows if not _problem(row)]
+        raw = read_input("labeled", str(path))
+        rows, bad = [], [str(row) for row in raw.bad]
+        if raw.rows and not any("gold" in row for row in raw.rows):
+            continue
+        for line, row in zip(raw.lines, map(_with_spans, raw.rows), strict=True):
+            # What a decoder generates is not reported.
+            if problem := "answer" not in row and (_problem(row) or _gold_problem(row)):
+                bad.append(f"{path}:{line}: it {problem}.")
+            elif _kind(row) and row["gold"] is not None:
+                rows.append(row)
+        if bad and not rows:
+            raise ValueError(
+                f"--labeled {path}: none of its posts can be read, the first: {bad[0]} Copy the file again, or take it "
+                "out of the folder."
+            )
         if rows:
             gold = [row["gold"] for row in rows]
             task = _task(path.stem, rows, place=path, gold=gold)
-            found[path.stem] = replace(task, texts=[str(row.get("text") or "") for row in rows])
+            texts = [str(row.get("text") or "") for row in rows]
+            found[path.stem] = replace(task, texts=texts, bad=tuple(bad))
     if not found:
         raise ValueError(
             f"--labeled {folder}: no file there has predictions with gold labels; name predictions/validation of the "
             "run that made the export."
         )
     return found
+
+
+def _with_spans(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a run with the spans that ``comoe predict`` writes where the run has a tag per word."""
+    if not (_are_texts(row.get("tags")) and _are_texts(row.get("gold"))):
+        return row
+    spans = [{"type": kind} for kind, _, _ in entities(row["tags"])]
+    return {**row, "spans": spans, "gold": [kind for kind, _, _ in entities(row["gold"])]}
+
+
+def _gold_problem(row: Mapping[str, Any]) -> str:
+    """What is wrong with the gold label of a prediction; empty if nothing is. A post without one has None."""
+    if "gold" not in row:
+        return "has no gold, as other lines have"
+    gold, kind = row["gold"], _kind(row)
+    one = kind == "label" and not isinstance(gold, (list, Mapping))
+    several = kind in ("labels", "spans") and _are_texts(gold)
+    right = gold is None or one or several or (kind == "value" and _is_number(gold))
+    return "" if right else f"has {gold!r} as gold beside {kind}"
 
 
 def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
@@ -235,7 +271,7 @@ def _problem(cell: Any) -> str:
     found, scores = cell[kind], cell.get("scores", {})
     right = {
         "label": isinstance(found, str),
-        "labels": isinstance(found, list) and all(isinstance(label, str) for label in found),
+        "labels": _are_texts(found),
         "value": _is_number(found),
         "spans": isinstance(found, list)
         and all(isinstance(span, Mapping) and isinstance(span.get("type"), str) for span in found),
@@ -246,6 +282,10 @@ def _problem(cell: Any) -> str:
         if not (isinstance(scores, Mapping) and all(map(_is_number, scores.values()))):
             return f"has {scores!r} as scores"
     return ""
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _is_number(value: Any) -> bool:

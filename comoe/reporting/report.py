@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from comoe.evaluation.prevalence import (
     weighted_mean,
 )
 from comoe.reporting.drift import Embedder, drift_of
+from comoe.reporting.parts import Group, ReportOptions, groups_of
 from comoe.reporting.predictions import (
     NUMBER,
     ONE,
@@ -29,28 +29,6 @@ from comoe.reporting.predictions import (
     Corpus,
     TaskPredictions,
 )
-from comoe.reporting.times import PERIODS, choose_period, names_between, read_times
-
-
-@dataclass(frozen=True, slots=True)
-class ReportOptions:
-    """What ``comoe report`` is asked for."""
-
-    time: str | None = None
-    """Column with the time of a post."""
-    period: str = "auto"
-    """Key of ``PERIODS``, or auto: by the time that the corpus spans."""
-    by: Sequence[str] = ()
-    """Columns whose values are looked at one by one."""
-    weight: str | None = None
-    """Column with the weight of a post."""
-    least: int = 50
-    """Posts that a period or slice needs."""
-    examples: int = 3
-    """Typical and borderline posts of each label; 0 shows no post."""
-    seed: int = 0
-    """Of the draws for intervals."""
-
 
 UNEXPLAINED = 0.03
 """Part of the predictions that no mix explains, from which a warning is given."""
@@ -58,8 +36,8 @@ UNEXPLAINED = 0.03
 OPEN = 0.9
 """Width of a corrected interval from which it is said to leave any share."""
 
-MAX_SLICES, MAX_LABELS, MAX_PERIODS = 20, 12, 400
-"""Values of a column, labels of a task over time, and periods that are shown."""
+MAX_LABELS = 12
+"""Labels of a task that are shown over time."""
 
 LEAST_LABELED = 100
 """Labeled posts of a part of the corpus from which its shares are taken from them (``sampled_shares``)."""
@@ -93,10 +71,16 @@ def make_report(
         embed: gives embeddings, by which the corpus is compared with the labeled posts; None: words alone.
 
     Raises:
-        ValueError: no such column or period, or weights that are no positive numbers.
+        ValueError: no such column or period, weights that are no positive numbers, or labeled posts
+            of other tasks alone.
     """
+    if labeled and not set(labeled) & set(corpus.tasks):
+        raise ValueError(
+            f"--labeled: no task in common: the labeled posts have {', '.join(labeled)}, {corpus.source} has "
+            f"{', '.join(corpus.tasks)}. Name predictions/validation of the run that made the export."
+        )
     weights_N = _weights(corpus, options)
-    groups, notes = _groups(corpus, options)
+    groups, notes = groups_of(corpus, options)
     known = {
         name: task.with_labels(labeled[name].labels)
         if name in labeled and task.what == labeled[name].what == ONE
@@ -118,10 +102,34 @@ def make_report(
         "weighted_by": options.weight,
         "effective_posts": effective(weights_N),
         "notes": notes,
+        "warnings": _lost(labeled) + (_uncorrected(tasks) if labeled else []),
         "tasks": tasks,
         "cross": [one.to_dict() for table in tables for one in (table, table.turned)],
         "cross_left_out": list(without_table(choices)),
     }
+
+
+def _lost(labeled: Mapping[str, TaskPredictions]) -> list[str]:
+    """What to say of labeled posts that could not be read."""
+    return [
+        f"{name}: {len(task.bad):,} rows of the labeled posts could not be read and do not count "
+        f"({len(task.values):,} do); the first: {task.bad[0]}"
+        for name, task in labeled.items()
+        if task.bad
+    ]
+
+
+def _uncorrected(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of tasks whose shares are counted alone, though others have labeled posts."""
+    why = {NUMBER: "a number", SPANS: "spans"}
+    found = [
+        f"{task['name']} ({why.get(task['what'], 'not all labels are known there')})"
+        if "labeled" in task
+        else f"{task['name']} (no labeled posts)"
+        for task in tasks
+        if "corrected" not in task
+    ]
+    return [f"Not corrected: {', '.join(found)}."] if found else []
 
 
 def _weights(corpus: Corpus, options: ReportOptions) -> np.ndarray:
@@ -145,60 +153,6 @@ def _weights(corpus: Corpus, options: ReportOptions) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """A partition of some posts: periods, or the values of a column."""
-
-    column: str
-    rows: Mapping[str, np.ndarray]
-    """Period or value -> numbers of its posts, in the order to be shown."""
-    left_out: int
-    """Posts of periods or values that have too few."""
-    periods: Sequence[str] = ()
-    """All periods in order, those with too few posts too; none for values."""
-
-
-def _groups(corpus: Corpus, options: ReportOptions) -> tuple[list[_Group], list[str]]:
-    groups, notes = [], []
-    if options.time is not None:
-        times = read_times(corpus.column(options.time, flag="--time"))
-        known = [time for time in times if time is not None]
-        if not known:
-            raise ValueError(
-                f"{corpus.source}: no cell of {options.time} (--time) is a time, like 2026-05-31, 2026-05-31T12:00:00Z "
-                "or seconds since 1970."
-            )
-        period = choose_period(known) if options.period == "auto" else options.period
-        names = [None if time is None else time.strftime(PERIODS[period]) for time in times]
-        every = names_between(min(known), max(known), period)
-        if len(every) > MAX_PERIODS:
-            raise ValueError(
-                f"--period {period}: the posts span {len(every):,} of them; at most {MAX_PERIODS} can be shown. Choose "
-                "a longer one, or auto."
-            )
-        groups.append(replace(_group(options.time, names, options), periods=every))
-        if lost := len(times) - len(known):
-            notes.append(
-                f"{lost:,} posts have no readable {options.time}; they are in no {period}."
-            )
-        notes.append(f"Times are in UTC; the period is the {period}.")
-    for column in options.by:
-        cells = corpus.column(column, flag="--by")
-        names = [None if cell in (None, "") else str(cell) for cell in cells]
-        groups.append(_group(column, names, options))
-    return groups, notes
-
-
-def _group(column: str, names: Sequence[str | None], options: ReportOptions) -> _Group:
-    counts = Counter(name for name in names if name is not None)
-    large = [name for name, count in counts.most_common() if count >= options.least]
-    kept = sorted(large) if column == options.time else large[:MAX_SLICES]
-    column_N = np.array(names, dtype=object)
-    rows = {name: np.flatnonzero(column_N == name) for name in kept}
-    left_out = sum(counts.values()) - sum(map(len, rows.values()))
-    return _Group(column, rows, left_out)
-
-
-@dataclass(frozen=True, slots=True)
 class _Section:
     """One task of a report."""
 
@@ -209,7 +163,7 @@ class _Section:
     options: ReportOptions
     embed: Embedder | None
 
-    def made(self, groups: Sequence[_Group]) -> dict[str, Any]:
+    def made(self, groups: Sequence[Group]) -> dict[str, Any]:
         task, every_N = self.task, np.arange(len(self.corpus))
         if self.labeled is not None and self.labeled.what != task.what:
             raise ValueError(
@@ -226,7 +180,7 @@ class _Section:
             made["examples"] = self.examples()
         return made
 
-    def part(self, group: _Group) -> dict[str, Any]:
+    def part(self, group: Group) -> dict[str, Any]:
         """The shares of each period or value that has enough posts with a prediction."""
         counts = {name: int(self.task.predicted[rows].sum()) for name, rows in group.rows.items()}
         kept = [name for name, count in counts.items() if count >= self.options.least]

@@ -31,6 +31,7 @@ from comoe.commands.main import main
 from comoe.config.recipe import ModelConfig
 from comoe.data.posts import unlabelled_posts
 from comoe.data.seen_posts import SEEN, write_seen
+from comoe.inference.export_config import WEIGHTS
 from comoe.inference.exported import load_exported
 from comoe.inference.predictor import Predictor
 from comoe.models.build import build_model
@@ -218,6 +219,22 @@ def test_a_missing_or_damaged_file_is_named(exports, tmp_path, change, rule):
     if (tmp_path / "export" / ONNX).exists():
         with pytest.raises(ValueError, match="model.onnx cannot be read"):
             Predictor.from_pretrained(tmp_path / "export", backend="onnx", verify=False)
+
+
+def test_a_folder_without_the_weights_serves_its_own_backend(exports, tmp_path):
+    folder = tmp_path / "export"
+    onnx_export.copy_export(exports / "int8", folder)
+    expected = Predictor.from_pretrained(folder, backend="onnx")(POSTS)
+    (folder / WEIGHTS).unlink()
+    for verify in (True, False):
+        assert Predictor.from_pretrained(folder, backend="onnx", verify=verify)(POSTS) == expected
+    with pytest.raises(ValueError, match="export: model.safetensors is missing; copy or export"):
+        Predictor.from_pretrained(folder)
+    with pytest.raises(ValueError, match="has no model.safetensors, .* take --backend onnx"):
+        Predictor.from_pretrained(folder, verify=False)
+    (folder / ONNX).unlink()
+    with pytest.raises(ValueError, match="is not an export: model.safetensors missing"):
+        Predictor.from_pretrained(folder, backend="onnx")
 
 
 def test_what_is_no_single_graph_is_refused(exports, tmp_path):

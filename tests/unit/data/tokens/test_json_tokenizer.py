@@ -24,7 +24,8 @@ from comoe.data.tokens.json_tokenizer import (
     description_of,
     read_json_tokenizer,
 )
-from comoe.data.tokens.tokenize import encode_pairs, tokenize
+from comoe.data.tokens.pairs import encode_pairs
+from comoe.data.tokens.tokenize import tokenize
 from comoe.data.tokens.vocabulary import WHOLE, is_causal
 from comoe.inference.exported import read_tokenizer
 

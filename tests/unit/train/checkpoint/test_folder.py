@@ -61,7 +61,7 @@ def truncate(path: Path) -> None:
 
 SPOILED = {
     "a file cut short": (truncate, "weights/model.safetensors has 40 bytes instead of 100"),
-    "a file gone": (lambda path: (path / "state.json").unlink(), "state.json has no bytes instead of 2"),
+    "a file gone": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest, so its writing was cut short"),
     "half a manifest": (
         lambda path: (path / "manifest.json").write_text('{"files": {"sta'), "its manifest is damaged",
