@@ -87,7 +87,9 @@ def test_a_private_model_is_refused_without_the_token_and_a_wrong_one_is_not_tol
 def test_a_push_without_a_network_is_a_sentence(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     export_tiny(tmp_path)
-    with pytest.raises(SystemExit, match="could not be pushed to ann/tiny .ConnectError: ") as ended:
+    with pytest.raises(
+        SystemExit, match="could not be pushed to ann/tiny .ConnectError: "
+    ) as ended:
         push.main(["--model", str(tmp_path / "export"), "--to", "ann/tiny"])
     assert ended.value.code == 2 and "report it" not in str(ended.value)
 
