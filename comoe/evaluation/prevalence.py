@@ -170,9 +170,11 @@ def counts_2x2(gold_N: np.ndarray, found_N: np.ndarray) -> np.ndarray:
     return gold @ found.T
 
 
-def weighted_mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float]:
-    """Mean with its 95 % interval (normal, effective number of posts)."""
+def weighted_mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float | None]:
+    """Mean with its 95 % interval (normal, effective number of posts); of one post that counts the ends are None."""
     mean = float(np.average(values_N, weights=weights_N))
     spread = float(np.average((values_N - mean) ** 2, weights=weights_N)) ** 0.5
+    if np.count_nonzero(weights_N) < 2:
+        return {"mean": mean, "low": None, "high": None, "spread": spread}
     half = 1.959963984540054 * spread / max(effective(weights_N) - 1, 1) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}

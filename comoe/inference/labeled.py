@@ -102,7 +102,12 @@ def _columns(
     author = choose_author(config, tasks, asked=choice.author, columns=raw.columns)
     wanted = {"--text-column": text, "--pair-column": pair, "--image-column": image}
     check_columns(raw, wanted)
-    for label in labels.values():
+    for name, label in labels.items():
+        if choice.label is None and len(tasks) > 1 and raw.rows and label not in raw.columns:
+            raise ValueError(
+                f"{raw.file} has no column {label} with the labels of task {name} (columns: {', '.join(raw.columns)}); "
+                "name the tasks to score with --task, and the column of a single one with --label-column."
+            )
         check_columns(raw, {"--label-column": label})
     with_pair = [task.name for task in tasks if wants_pair(task.prompt)]
     if with_pair and pair is None:

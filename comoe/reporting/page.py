@@ -15,6 +15,7 @@ from comoe.evaluation.prevalence import Shares
 from comoe.reporting.figures import cross_figure, reliability_svg, shares_figure, time_figure
 from comoe.reporting.parts import MAX_SLICES, ReportOptions
 from comoe.reporting.report import (
+    FEW,
     MAX_LABELS,
     OPEN,
     OTHER_KIND,
@@ -39,6 +40,7 @@ def render(report: Mapping[str, Any], *, title: str, options: ReportOptions) -> 
         shown,
         title=title,
         interval=_interval,
+        mean=_mean,
         sure=SURE,
         least=options.least,
         most=MAX_SLICES,
@@ -78,7 +80,13 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
             f"No mix of labels explains {100 * unexplained:.0f} % of these predictions: the model errs here otherwise "
             "than on the labeled posts, and the corrected shares cannot be trusted."
         )
-    if open_ := _open(task):
+    open_, posts = _open(task), task["posts"]
+    if open_ and posts < FEW:
+        found.append(
+            f"So few posts say next to nothing of shares ({posts:,} with a prediction): the intervals of "
+            f"{', '.join(open_)} reach from about 0 to 100 %."
+        )
+    elif open_:
         confusion = np.array(task.get("confusion", ()))
         only = np.flatnonzero(confusion.sum(0)) if confusion.any() else ()
         alone = f" (it predicts {task['labels'][only[0]]} alone)" if len(only) == 1 else ""
@@ -125,8 +133,7 @@ def _part(task: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
     cells = {}
     for name, value in values.items():
         if "mean" in value:
-            mean = value["mean"]
-            cells[name] = [f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"]
+            cells[name] = [_mean(value["mean"])]
         elif key in value:
             cells[name] = [_interval(value[key], place) for place in range(len(task["labels"]))]
     shown["heads"] = list(task["labels"]) or ["mean"]
@@ -179,6 +186,12 @@ def _column(found: Sequence[Mapping[str, Any]], name: str, place: int | None = N
 def _interval(shares: Mapping[str, Any], place: int) -> str:
     share, low, high = (100 * shares[name][place] for name in ("share", "low", "high"))
     return f"{share:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _mean(found: Mapping[str, float | None]) -> str:
+    if found["low"] is None:
+        return f"{found['mean']:.3f} (one post: no interval)"
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _shares(plain: Mapping[str, Any]) -> Shares:

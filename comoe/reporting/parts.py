@@ -63,7 +63,9 @@ def groups_of(corpus: Corpus, options: ReportOptions) -> tuple[list[Group], list
                 f"{corpus.source}: no cell of {options.time} (--time) is a time, like 2026-05-31, 2026-05-31T12:00:00Z "
                 "or seconds since 1970."
             )
-        period = choose_period(known) if options.period == "auto" else options.period
+        period = options.period
+        if period == "auto":
+            period = choose_period(known, least=options.least)
         names = [None if time is None else time.strftime(PERIODS[period]) for time in times]
         every = names_between(min(known), max(known), period)
         if len(every) > MAX_PERIODS:
@@ -77,6 +79,10 @@ def groups_of(corpus: Corpus, options: ReportOptions) -> tuple[list[Group], list
                 f"{lost:,} posts have no readable {options.time}; they are in no {period}."
             )
         notes.append(f"Times are in UTC; the period is the {period}.")
+        if not groups[-1].rows:
+            notes.append(
+                f"No {period} has {options.least:,} posts; a longer --period, or fewer --min-posts, shows some."
+            )
     for column in options.by:
         cells = corpus.column(column, flag="--by")
         names = [None if cell in (None, "") else str(cell) for cell in cells]

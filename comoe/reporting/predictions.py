@@ -232,13 +232,17 @@ def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
         raise ValueError(f"--gold {task}={column}: no post with a prediction has a label there.")
     gold = [cells[row] for row in rows]
     if found.what == NUMBER:
-        known = np.array(list(map(float, gold)))[:, None]
+        known = np.array([_number(cell) for cell in gold], dtype=float)[:, None]
+        for row in np.flatnonzero(~np.isfinite(known[:, 0])):
+            raise ValueError(
+                f"{corpus.source}: post {rows[row] + 1} has {gold[row]!r} as {column} (--gold {task}={column}); task "
+                f"{task} predicts numbers: give a number, or an empty cell."
+            )
     else:
-        for label in (label for cell in gold for label in _listed(cell)):
-            if label not in found.labels:
-                raise unknown_name(
-                    f"label of task {task} (--gold {task}={column})", label, found.labels
-                )
+        for row, cell in zip(rows, gold, strict=True):
+            for label in set(_listed(cell)) - set(found.labels):
+                place = f"--gold {task}={column}, post {row + 1} of {corpus.source}"
+                raise unknown_name(f"label of task {task} ({place})", label, found.labels)
         known = _indicators([_listed(cell) for cell in gold], found.labels)
     return replace(
         found,

@@ -48,6 +48,9 @@ OTHER_KIND = 0.85
 SURE = 0.05
 """Largest p-value with which posts are said to differ from the labeled ones."""
 
+FEW = 10
+"""Posts below which their number, and not the model, is why an interval leaves any share."""
+
 BINS = 10
 """Of the reliability diagram."""
 

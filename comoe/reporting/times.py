@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -61,10 +62,20 @@ def _twitter(text: str) -> datetime:
 TWITTER = "%a %b %d %H:%M:%S %z %Y"
 
 
-def choose_period(times: Sequence[datetime]) -> str:
-    """The period of ``PERIODS`` that fits how long a time these span."""
+def choose_period(times: Sequence[datetime], *, least: int = 1) -> str:
+    """The period of ``PERIODS`` that fits how long a time these span.
+
+    A longer one where only then two periods, or else one, have ``least`` posts.
+    """
     days = (max(times) - min(times)).total_seconds() / 86400
-    return next((period for period, longest in LONGEST.items() if days <= longest), "year")
+    fit = next((period for period, longest in LONGEST.items() if days <= longest), "year")
+    longer = list(PERIODS)[list(PERIODS).index(fit) :]
+    enough = {}
+    for period in longer:
+        counts = Counter(time.strftime(PERIODS[period]) for time in times)
+        enough[period] = sum(count >= least for count in counts.values())
+    some = (period for most in (2, 1) for period in longer if enough[period] >= most)
+    return next(some, fit)
 
 
 def names_between(first: datetime, last: datetime, period: str) -> list[str]:

@@ -76,7 +76,8 @@ def open_source(
         ValueError: nothing there, or no format fits.
     """
     if format != "auto" and format not in READERS:
-        raise unknown_name(f"{key}.format", format, ("auto", *READERS))
+        option = "--format" if key.startswith("-") else f"{key}.format"
+        raise unknown_name(option, format, ("auto", *READERS))
     if format == "hub":
         return Source(key=key, path=path, format=format, subset=subset, splits=splits)
     place = Path(root or ".").expanduser() / Path(path).expanduser()
@@ -84,6 +85,11 @@ def open_source(
         if root is not None and not Path(root).expanduser().is_dir():
             raise ValueError(
                 f"data.root ({root}): there is no such folder; {key}.path ({path}) starts from it."
+            )
+        if key.startswith("-"):
+            raise ValueError(
+                f"{key} {path}: there is no such file or folder; correct the path, or give --format hub for a data set "
+                "of the Hugging Face hub."
             )
         raise ValueError(
             f"{key}.path ({path}): there is no file or folder {place}. Correct the path or data.root; "

@@ -147,6 +147,21 @@ def test_wrong_names_are_refused(predictor, tmp_path):
             score(predictor, DataChoice(data), tasks=[task], progress=False)
 
 
+def test_messages_name_flags_of_the_command_alone(predictor, tmp_path):
+    path = write(tmp_path / "posts.jsonl", [{"text": "a", "mood": "good"}])
+    with pytest.raises(
+        ValueError, match=r"has no column \w+ with the labels of task .* with --task"
+    ):
+        score(predictor, str(path))
+    with pytest.raises(
+        ValueError, match=r"^--data nosuch: there is no such file .* --format hub"
+    ) as told:
+        score(predictor, "nosuch")
+    assert "data.root" not in str(told.value)
+    with pytest.raises(ValueError, match="^jsonk is not a --format; did you mean jsonl"):
+        score(predictor, str(path), format="jsonk")
+
+
 def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, capsys):
     tiny_predictor(tmp_path)
     write(tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)])

@@ -1,11 +1,14 @@
 """Labeled posts of a report: what of them is read, what is said of the rest, and of tasks without any."""
 
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from comoe.commands import main
+from comoe.reporting.page import _warnings
 from comoe.reporting.predictions import read_labeled
+from comoe.reporting.times import choose_period
 
 SCORES = {"bad": {"bad": 0.9, "good": 0.1}, "good": {"bad": 0.2, "good": 0.8}}
 
@@ -108,3 +111,49 @@ def test_tags_of_words_are_spans(tmp_path):
     found, page = report(write(tmp_path / "s.jsonl", rows), "--labeled", str(tmp_path / "v"))
     assert found["tasks"][0]["labeled"] == 2 and "drift" in found["tasks"][0]
     assert found["warnings"] == ["Not corrected: mentions (spans)."]
+
+
+def test_drift_of_a_number_speaks_of_no_corrected_shares(predictions, tmp_path):
+    words = ["flight", "gate", "bag", "seat"]
+    rows = [
+        {"text": f"{words[n % 4]} {words[n // 4 % 4]} {n}", "gold": 1, "value": 2}
+        for n in range(100)
+    ]
+    write(tmp_path / "v/heat.jsonl", rows)
+    _, page = report(predictions, "--labeled", str(tmp_path / "v"))
+    assert "of another kind" in page and "shares are wrong" not in page
+    assert "The model may err otherwise here: label some 200" in page
+    assert "By their words alone the area under the curve is" in page
+
+
+def test_one_post_has_no_interval_and_the_model_is_not_blamed(predictions, tmp_path):
+    write(tmp_path / "v/mood.jsonl", [one | {"gold": one["label"]} for one in gold_rows()])
+    row = json.loads(predictions.read_text().splitlines()[0])
+    write(predictions, [row])
+    found, page = report(predictions, "--labeled", str(tmp_path / "v"))
+    mood, heat = found["tasks"]
+    assert mood["accuracy"] == 1 and heat["mean"] == {
+        "mean": 0,
+        "low": None,
+        "high": None,
+        "spread": 0,
+    }
+    assert "hardly tells these labels" not in page
+    assert "Mean 0.000 (one post: no interval)." in page
+
+
+def test_an_interval_of_few_posts_is_not_blamed_on_the_model():
+    wide = {"low": [0.0, 0.01], "high": [0.99, 1.0]}
+    for posts, text in (
+        (1, "So few posts say next to nothing of shares (1 "),
+        (100, "hardly tells"),
+    ):
+        (found,) = _warnings({"labels": ["a", "b"], "posts": posts, "corrected": wide})
+        assert text in found
+
+
+def test_a_period_that_has_enough_posts_is_chosen():
+    days = [datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=n) for n in range(200)]
+    assert [choose_period(days, least=least) for least in (1, 7, 8, 28, 60, 300)] == [
+        "week", "week", "month", "month", "year", "week"
+    ]  # fmt: skip

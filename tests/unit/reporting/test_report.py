@@ -81,7 +81,8 @@ def test_shares_are_counted_and_corrected(predictions, labeled):
 
 
 def test_periods_and_slices_hold_their_own_posts_and_say_what_is_left_out(predictions):
-    found = report(predictions, "--time", "when", "--by", "place,id", "--min-posts", "50")
+    found = report(predictions, "--time", "when", "--by", "place,id", "--period", "day")
+    assert found["notes"][-1].startswith("No day has 50 posts; a longer --period")
     time, place, number = found["tasks"]["mood"]["parts"]
     assert list(time["values"]) == [] and time["left_out"] == 400
     assert {name: part["posts"] for name, part in place["values"].items()} == {
@@ -90,7 +91,8 @@ def test_periods_and_slices_hold_their_own_posts_and_say_what_is_left_out(predic
     }
     assert place["values"]["there"]["counted"]["share"][0] == 0.5
     assert number["values"] == {} and number["left_out"] == 401
-    weekly = report(predictions, "--time", "when", "--period", "week")["tasks"]["mood"]["parts"][0]
+    # Of itself it takes a period that has enough.
+    weekly = report(predictions, "--time", "when")["tasks"]["mood"]["parts"][0]
     assert list(weekly["values"]) == sorted(weekly["values"]) and len(weekly["values"]) == 4
 
 
@@ -336,7 +338,14 @@ def test_posts_of_another_kind_are_warned_of(predictions, labeled):
 BAD = {
     "no sign": (["{p}", "--gold", "mood"], "--gold is 'mood'; it must be TASK=COLUMN"),
     "no task": (["{p}", "--gold", "mod=place"], "mod.*did you mean mood"),
-    "no label": (["{p}", "--gold", "mood=place"], "there.* is not a label of task mood"),
+    "no label": (
+        ["{p}", "--gold", "mood=place"],
+        "label of task mood .*, post 1 of .*predictions.jsonl. is 'there'",
+    ),
+    "no number": (
+        ["{p}", "--gold", "heat=place"],
+        r"predictions.jsonl: post 1 has 'there' as place \(--gold heat=place\); task heat predicts numbers",
+    ),
     "no file": (["missing.jsonl"], "there is no such file"),
     "no shards": (["{d}"], "is a folder without a .parquet file"),
     "no column": (["{p}", "--time", "whem"], "whem.*did you mean when"),
