@@ -96,8 +96,8 @@ class Journal:
         changed = differences(found[0], head) if found else ""
         if changed and len(found) > 1:
             raise ValueError(
-                f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, begun otherwise: "
-                f"{changed}. Give the same again to continue, or {BEGIN_ANEW}."
+                f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, "
+                f"begun otherwise: {changed}. Give the same again to continue, or {BEGIN_ANEW}."
             )
         if changed or not found:
             # Nothing was done yet: a prompt that the model cannot read is corrected and given
@@ -153,15 +153,15 @@ class Output:
             for source in spared:
                 if same_file(path, source) or _is_read_from(path, source):
                     raise ValueError(
-                        f"--output {self.posts} would write {path}, which is read ({source}); name another file, or "
-                        "another folder."
+                        f"--output {self.posts} would write {path}, which is read ({source}); name "
+                        "another file, or another folder."
                     )
         note = self._read()
         for path in (self.posts, self.malformed):
             if os.path.lexists(path) and not _wrote(path, note):
                 raise ValueError(
-                    f"{path} is there already, and is not as augment wrote it, so it is never replaced, not even with "
-                    "--overwrite; move it away, or name another --output."
+                    f"{path} is there already, and is not as augment wrote it, so it is never "
+                    "replaced, not even with --overwrite; move it away, or name another --output."
                 )
 
     def finished(self) -> Note | None:

@@ -66,8 +66,8 @@ def read_input_posts(
     raw = read_input("--input", choice.path, format=choice.format, split=choice.split)
     if taken := [name for name in added if name in raw.columns]:
         raise ValueError(
-            f"{raw.file} has the column {taken[0]} already, which would be overwritten; rename or drop it "
-            f"(in the way: {', '.join(taken)})."
+            f"{raw.file} has the column {taken[0]} already, which would be overwritten; rename or "
+            f"drop it (in the way: {', '.join(taken)})."
         )
     choice = replace(choice, text=choice.text or USUAL_TEXT)
     options = ("--text-column", "--pair-column", "--label-column")

@@ -161,8 +161,8 @@ def load_prompts(path: Path) -> Prompts:
     words = [word.strip().lower() for word in file.labels.values()]
     if len(words) < 2 or len(set(words)) < len(words) or not all(words):
         raise ValueError(
-            f"{where} is {file.labels!r}; it must give each of at least two labels of the posts a word of its own, "
-            "such as positive: positive."
+            f"{where} is {file.labels!r}; it must give each of at least two labels of the posts a "
+            "word of its own, such as positive: positive."
         )
     for number, example in enumerate(file.examples, start=1):
         for label in (example.gold, example.previous_polarity):

@@ -258,8 +258,8 @@ class Refiner:
                 raise ValueError(
                     f"the question {part} alone is {excess:,} tokens too long for the model, without any post: "
                     f"{self._generator.limit}. Copy {prompts_path()}, shorten its templates or "
-                    "take examples out, and give the copy with --prompts; or take a --model that reads more, such as "
-                    "kit:smollm2."
+                    "take examples out, and give the copy with --prompts; or take a --model that "
+                    "reads more, such as kit:smollm2."
                 )
             # A word has at least one token, so this may cut a little more than it must.
             words = words[: max(len(words) - excess, 0)]

@@ -188,8 +188,8 @@ def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, 
         "skews": {num_experts: _skew(block, x_SM) for num_experts, (block, _) in blocks.items()},
         "notes": [
             machine_note(name, torch.get_num_threads()),
-            f"M {size.model_width}, F {size.expert_width}, k {size.top_k}, {str(precision(device))[6:]}, {size.tokens} "
-            f"real tokens per rank of {source.name}",
+            f"M {size.model_width}, F {size.expert_width}, k {size.top_k}, "
+            f"{str(precision(device))[6:]}, {size.tokens} real tokens per rank of {source.name}",
         ],
     }
 

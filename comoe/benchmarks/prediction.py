@@ -166,8 +166,8 @@ def measure_latency(
         with serving(folders[kind], *words) as server:
             served = load_it(server, posts, clients=1, posts=1, seconds=5.0)
         report.notes.append(
-            f"one post, {'torch float32' if kind == 'export' else kind}: p50 {1000 * cuts[49]:.1f} ms, "
-            f"p99 {1000 * cuts[98]:.1f} ms; of a server {served.percentiles()}"
+            f"one post, {'torch float32' if kind == 'export' else kind}: p50 {1000 * cuts[49]:.1f} "
+            f"ms, p99 {1000 * cuts[98]:.1f} ms; of a server {served.percentiles()}"
         )
 
 

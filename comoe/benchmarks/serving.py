@@ -197,8 +197,8 @@ def run(
     )
     report.notes += [
         machine_note("CPU", torch.get_num_threads()),
-        f"{CLIENTS} clients of {POSTS} posts a request beside the server on the same cores, turns of {LOADED:g} s; "
-        f"batch: {BATCH} posts in passes of 64; all tasks",
+        f"{CLIENTS} clients of {POSTS} posts a request beside the server on the same cores, turns "
+        f"of {LOADED:g} s; batch: {BATCH} posts in passes of 64; all tasks",
     ]
     for file in files:
         with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:

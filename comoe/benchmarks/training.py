@@ -121,8 +121,8 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
         "evaluation_share": asdict(spread_of([evaluation]))
         | {"rounds": len(seconds["statistics"])},
         "note": f"monitoring: {rounds} steps of the recipe {source.recipe.run.name} on {source.name}, "
-        f"{1000 * sum(seconds['step']) / rounds:.0f} ms per step; each evaluation counts, writes and draws for "
-        f"{1000 * sum(seconds['statistics']) / (STEPS // EVAL_EVERY):.0f} ms",
+        f"{1000 * sum(seconds['step']) / rounds:.0f} ms per step; each evaluation counts, writes "
+        f"and draws for {1000 * sum(seconds['statistics']) / (STEPS // EVAL_EVERY):.0f} ms",
     }
 
 
@@ -209,8 +209,8 @@ def _notes(
         f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}, "
         f"{'bf16' if run.layout.bf16 else 'float32'} in all contestants",
         f"recipe {recipe.run.name} on {posts}: {recipe.train.batch_size} posts per step, at most "
-        f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {millions['total']} million parameters "
-        f"({millions['active']} active); hf: the same encoder, dense, one task",
+        f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {millions['total']} "
+        f"million parameters ({millions['active']} active); hf: the same encoder, dense, one task",
         "tokens per step, real / with padding: "
         + "; ".join(
             f"{label} {real:.0f} / {padded:.0f}" for label, (real, padded) in means.items()

@@ -152,8 +152,8 @@ def _network() -> Iterator[Finding]:
         if all(ip_address(address.partition("%")[0]).is_loopback for address in found):
             yield (
                 WARNING,
-                f"the name {name} leads to {', '.join(found)}, which other machines do not reach: for runs on several "
-                "name its address (--master_addr, MASTER_ADDR)",
+                f"the name {name} leads to {', '.join(found)}, which other machines do not reach: "
+                "for runs on several name its address (--master_addr, MASTER_ADDR)",
             )
         else:
             yield OK, f"this machine is {name}, {', '.join(found)}"
@@ -165,8 +165,8 @@ def _network() -> Iterator[Finding]:
     if why := why_unreachable():
         yield (
             WARNING,
-            f"the Hugging Face hub does not answer ({why}): name folders, fetch models and data into its cache before, "
-            "or set HF_ENDPOINT to a mirror",
+            f"the Hugging Face hub does not answer ({why}): name folders, fetch models and data "
+            "into its cache before, or set HF_ENDPOINT to a mirror",
         )
     else:
         yield OK, "the Hugging Face hub answers"

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if scores.seen:
         print(
-            f"warning: the model was trained on about {scores.seen:,} of these {scores.posts:,} posts, so that scores "
-            "are too high",
+            f"warning: the model was trained on about {scores.seen:,} of these {scores.posts:,} "
+            "posts, so that scores are too high",
             file=sys.stderr,
         )
     found = find_suspicious(scores) if options.suspicious else []

@@ -101,8 +101,8 @@ def _refuse_foreign_code(recipe: Recipe, origins: Mapping[str, str]) -> None:
     if recipe.model.trust_remote_code and not place.startswith(COMMAND_LINE):
         raise ValueError(
             f"{place}{key} is true: Python code that comes with {recipe.model.encoder} (and model.vision.tower) "
-            f"would run, also in a dry run. A recipe alone cannot ask for that: read the code, then add {key}=true to "
-            "the command line."
+            "would run, also in a dry run. A recipe alone cannot ask for that: read the code, "
+            f"then add {key}=true to the command line."
         )
 
 

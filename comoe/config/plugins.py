@@ -61,8 +61,8 @@ def load_plugins(names: Any, *, place: str) -> None:
             import_module(installed.get(name, name))
         except Exception as error:
             raise ValueError(
-                f"{place}: the plugin {name} cannot be imported ({type(error).__name__}: {error}); install its "
-                "package, or put its folder on PYTHONPATH."
+                f"{place}: the plugin {name} cannot be imported ({type(error).__name__}: {error}); "
+                "install its package, or put its folder on PYTHONPATH."
             ) from error
 
 

@@ -37,8 +37,8 @@ def one_label_each(posts: Iterable[Post]) -> Iterator[Post]:
             first, line = known.setdefault((post.author, task), (label, post.line))
             if label != first:
                 rule = (
-                    f"task {task}: the label of this author differs from that in line {line}, and tasks.{task}.per is "
-                    "author, who has one; make them agree, or set it to post."
+                    f"task {task}: the label of this author differs from that in line {line}, and "
+                    f"tasks.{task}.per is author, who has one; make them agree, or set it to post."
                 )
                 yield replace(post, error=BadRow(post.file, post.line, post.author, rule))
                 break

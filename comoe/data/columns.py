@@ -139,16 +139,16 @@ def check_slices(key: str, entry: str, raw: RawSplit) -> None:
         count = len({cell_text(row.get(column)) for row in raw.rows})
         if count > MAX_SLICES:
             raise ValueError(
-                f"{key}: column {column} has {count:,} values in {raw.file}; scores are sliced by a column with "
-                f"at most {MAX_SLICES}, or by a bound of its numbers ({column}<0.5)."
+                f"{key}: column {column} has {count:,} values in {raw.file}; scores are sliced by "
+                f"a column with at most {MAX_SLICES}, or by a bound of its numbers ({column}<0.5)."
             )
         return
     for line, row in zip(raw.lines, raw.rows, strict=True):
         cell = row.get(column)
         if not is_missing(cell) and np.isnan(number_of(cell_text(cell))):
             raise ValueError(
-                f"{key}: {entry} compares numbers, but {column} is {cell!r} in {raw.file}:{line}; give a number, "
-                "or leave the cell empty."
+                f"{key}: {entry} compares numbers, but {column} is {cell!r} in {raw.file}:{line}; "
+                "give a number, or leave the cell empty."
             )
 
 

@@ -235,8 +235,8 @@ def _check_authors(group: Group, task: TaskConfig, splits: _Splits, report: Data
     shared = authors_of_two_splits(splits, task)
     if shared and task.per == "author":
         raise ValueError(
-            f"{group.source.key}.author: {shared}; the label of an author in training would be known in the "
-            "evaluation. Keep the posts of an author in one file."
+            f"{group.source.key}.author: {shared}; the label of an author in training would be "
+            "known in the evaluation. Keep the posts of an author in one file."
         )
     report.warnings += [f"data set {group.name}: {shared}"] if shared else []
     for split, posts in splits.items() if task.per == "author" else ():
@@ -304,8 +304,8 @@ def _count_posts(group: Group, splits: _Splits, report: DataReport, *, with_imag
         repeated = shared_posts(splits[split], known=splits["train"]) if split in splits else 0
         if repeated:
             report.warnings.append(
-                f"data set {group.name}: {repeated:,} of {len(splits[split]):,} {split} posts have the text of a "
-                "training post; their scores are too high"
+                f"data set {group.name}: {repeated:,} of {len(splits[split]):,} {split} posts have "
+                "the text of a training post; their scores are too high"
             )
 
 

@@ -108,8 +108,8 @@ def _check_together(members: Mapping[str, TaskConfig]) -> None:
             )
         if other.balanced_sampling and not KINDS[other.kind].exclusive:
             raise ValueError(
-                f"tasks.{name}.balanced_sampling needs one label of several per post (kind: single_label or "
-                f"label_words), not {other.kind}; leave it out."
+                f"tasks.{name}.balanced_sampling needs one label of several per post (kind: "
+                f"single_label or label_words), not {other.kind}; leave it out."
             )
 
 

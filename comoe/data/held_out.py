@@ -127,8 +127,8 @@ def _parted(
             how = f"stratified by {by}"
             break
     report.notes.append(
-        f"data set {group.name}: no {split} split; {held.sum():,} of {len(train):,} training posts held out, "
-        f"{how}, by {option} {seed}"
+        f"data set {group.name}: no {split} split; {held.sum():,} of {len(train):,} training posts "
+        f"held out, {how}, by {option} {seed}"
     )
     return {
         "train": train.take(np.flatnonzero(~held)),

@@ -109,8 +109,8 @@ def _doubtful(labels: Sequence[str], counts: Counter[str]) -> list[str]:
     once = sum(count == 1 for count in counts.values())
     if len(labels) >= MANY and 2 * once > counts.total():
         found.append(
-            f"{once:,} of its {len(labels):,} labels are those of one training post each, as in a column of ids or "
-            "texts; is it the right column?"
+            f"{once:,} of its {len(labels):,} labels are those of one training post each, as in a "
+            "column of ids or texts; is it the right column?"
         )
     return found
 

@@ -157,8 +157,8 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
     )
     if difference := difference_of(before, json.loads(text)):
         raise ValueError(
-            f"{experiment.output} holds an experiment with {difference}; its runs cannot be compared. Choose another "
-            f"--output, or make the two agree."
+            f"{experiment.output} holds an experiment with {difference}; its runs cannot be "
+            f"compared. Choose another --output, or make the two agree."
         )
 
 
@@ -170,8 +170,8 @@ def _refuse_foreign(experiment: Experiment, file_name: str) -> None:
     names = OTHERS if ours else (*OTHERS, *WRITTEN)
     if taken := [name for name in names if os.path.lexists(output / name)]:
         raise ValueError(
-            f"{output} holds files of something else ({', '.join(taken)}, and no {file_name}), which would be "
-            "replaced: choose another --output, or move them away."
+            f"{output} holds files of something else ({', '.join(taken)}, and no {file_name}), "
+            "which would be replaced: choose another --output, or move them away."
         )
 
 

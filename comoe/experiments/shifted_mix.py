@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     if not found:
         sys.exit(
-            f"{config}: no task with one label per post, the mix that its scores are for (score_prior) and test "
-            "predictions; train with this comoe."
+            f"{config}: no task with one label per post, the mix that its scores are for "
+            "(score_prior) and test predictions; train with this comoe."
         )
     write_json(options.output, found)
     for name, intervals in found.items():

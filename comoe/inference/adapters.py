@@ -40,8 +40,8 @@ def checkpoint_adapters(
         used = export_checkpoint(path, Path(place) / "export", which=which, verify=verify)
         if start := load_saved_recipe(used.parent.parent / "config.yaml").model.start_from:
             raise ValueError(
-                f"model.start_from is {start}: the run began with another model than model.encoder, to which adapters "
-                f"would be added; {_WHOLE}."
+                f"model.start_from is {start}: the run began with another model than "
+                f"model.encoder, to which adapters would be added; {_WHOLE}."
             )
         export_adapters(Path(out), load_exported(Path(place) / "export", verify=False))
     return used
@@ -98,8 +98,8 @@ def gates_of_tasks(exported: Exported, instead: str) -> dict[int, Tensor]:
         raise ValueError(f"the model has no LoRA experts (model.moe.form: lora); {instead}.")
     if ROUTES[moe.route_by].token and moe.num_experts > 1:
         raise ValueError(
-            f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to token, which one "
-            f"low-rank update for a task cannot say; {instead}."
+            f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to "
+            f"token, which one low-rank update for a task cannot say; {instead}."
         )
     embeddings_TD = torch.zeros(len(exported.tasks), 1)
     if model.task_embedding is not None:

@@ -183,14 +183,14 @@ def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
     problems = "; ".join(f"{path.name}: {problem}" for path, problem in broken.items())
     if not whole:
         raise ValueError(
-            f"{run} holds no whole checkpoint{f' ({problems})' if problems else ''}; give a run folder (with "
-            "checkpoints/) or a checkpoint."
+            f"{run} holds no whole checkpoint{f' ({problems})' if problems else ''}; give a run "
+            "folder (with checkpoints/) or a checkpoint."
         )
     chosen = CHOICES[which](folder, whole)
     if chosen not in whole:
         names = ", ".join(path.name for path in whole)
         raise ValueError(
-            f"{run} has no whole {which} checkpoint ({problems or f'{chosen.name} is gone'}); give one of {names} in "
-            f"{folder}."
+            f"{run} has no whole {which} checkpoint ({problems or f'{chosen.name} is gone'}); give "
+            f"one of {names} in {folder}."
         )
     return chosen

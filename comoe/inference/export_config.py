@@ -56,15 +56,15 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     config = config if isinstance(config, dict) else {}
     if config.get("model_type") != "comoe":
         raise ValueError(
-            f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
-            f"`comoe export` (or a run, as export/) wrote."
+            f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; "
+            f"give the folder that `comoe export` (or a run, as export/) wrote."
         )
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder / CONFIG} has format_version {version}, made by comoe {config.get('comoe_version')}; this comoe "
-            f"({__version__}) reads {FORMAT_VERSION}: install that version, or export the run again with "
-            f"this one."
+            f"({__version__}) reads {FORMAT_VERSION}: install that version, or export the run "
+            f"again with this one."
         )
     return config
 

@@ -102,8 +102,8 @@ def load_exported(
     config = read_export_config(folder)
     if file != WEIGHTS and not (folder / file).is_file():
         raise ValueError(
-            f"{folder} has no {file}; `comoe export --checkpoint {folder} --output {folder} --format {backend}` "
-            "adds it."
+            f"{folder} has no {file}; `comoe export --checkpoint {folder} --output {folder} "
+            f"--format {backend}` adds it."
         )
     # Older versions wrote no manifest.
     if verify and (folder / MANIFEST).is_file():

@@ -88,8 +88,8 @@ class Journal:
         changed = differences(begun, head) if self.posts else ""
         if changed:
             raise ValueError(
-                f"--resume: {target} was begun otherwise after which {self.posts:,} posts were predicted: {changed}. "
-                "Give the same again, or start anew, without --resume."
+                f"--resume: {target} was begun otherwise after which {self.posts:,} posts were "
+                f"predicted: {changed}. Give the same again, or start anew, without --resume."
             )
         with self._using("writing"), self._db:
             self._db.execute("DELETE FROM head")

@@ -53,20 +53,20 @@ def export_merged(folder: Path, exported: Exported) -> None:
     gates = gates_of_tasks(exported, "export the model without --merged")
     if model.private is not None:
         raise ValueError(
-            "model.private_width is not 0: what a task adds behind the encoder has no place in a plain model; export "
-            "the model without --merged."
+            "model.private_width is not 0: what a task adds behind the encoder has no place in a "
+            "plain model; export the model without --merged."
         )
     if model.own_layers:
         raise ValueError(
-            "model.own_layers is not 0: each task has layers of its own, which are merged for no task; export the "
-            "model without --merged."
+            "model.own_layers is not 0: each task has layers of its own, which are merged for no "
+            "task; export the model without --merged."
         )
     if (family := family_of(model.encoder.config.model_type)).stacks and not (
         whole or family.causal
     ):
         raise ValueError(
-            f"the model is the encoder of a {model.encoder.config.model_type} alone, of which transformers has no "
-            "folder; export it without --merged."
+            f"the model is the encoder of a {model.encoder.config.model_type} alone, of which "
+            "transformers has no folder; export it without --merged."
         )
     weights = {
         name.replace(".inner.", "."): value for name, value in model.encoder.state_dict().items()

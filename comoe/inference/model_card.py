@@ -134,8 +134,8 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     where = where.format(layers=layers, rank=moe.rank, targets=moe.targets)
     if moe.num_experts > 1:
         experts = (
-            f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
-            f"{moe.route_by}) {where}"
+            f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, "
+            f"{moe.gate} gate, routed by {moe.route_by}) {where}"
         )
     else:
         experts = f"one {one} {where}" if moe.num_experts else "no experts"
@@ -240,8 +240,8 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
     if not metrics:
         return "Nothing was measured on these weights; `comoe eval` scores them on a data set."
     note = (
-        "The baseline always predicts the most frequent label (the mean, for numbers), on test, else on validation "
-        "posts."
+        "The baseline always predicts the most frequent label (the mean, for numbers), on test, "
+        "else on validation posts."
     )
     return f"{_table(rows)}\n\n{note}"
 
@@ -295,8 +295,8 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
         )
     elif recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(
-            f"- The gate reads the task: from the first layer with experts on a post costs one pass per task (up to "
-            f"{len(tasks)})."
+            "- The gate reads the task: from the first layer with experts on a post costs one "
+            f"pass per task (up to {len(tasks)})."
         )
     return "\n".join(lines)
 

@@ -214,8 +214,8 @@ def check_exportable(exported: Exported) -> None:
     joined = [task.name for task in exported.tasks if task.reads in TOGETHER]
     if joined:
         raise ValueError(
-            f"--format onnx: the tasks {', '.join(joined)} read several posts together, which the graph of a post does "
-            "not; predict with the export as it is."
+            f"--format onnx: the tasks {', '.join(joined)} read several posts together, which the "
+            "graph of a post does not; predict with the export as it is."
         )
     if exported.image_processor is not None:
         raise ValueError(
@@ -241,8 +241,8 @@ def write_onnx(model: MultiTaskModel, path: Path, batch: Batch, limit: int) -> N
     size = sum(weight.nbytes for weight in graph.parameters())
     if size >= 2**31:
         raise ValueError(
-            f"--format onnx: the weights are {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB; "
-            "predict with the export as it is."
+            f"--format onnx: the weights are {size / 2**30:.1f} GiB, and an ONNX file holds less "
+            "than 2 GiB; predict with the export as it is."
         )
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens", max=max(limit, 4))
     given = {name: getattr(batch, INPUTS[name]) for name in graph.inputs}

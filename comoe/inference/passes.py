@@ -40,8 +40,8 @@ def refuse_mixed(tasks: list[Task]) -> list[Task]:
     for one, other in NOT_TOGETHER:
         if one in found and other in found:
             raise ValueError(
-                f"task {found[one]} reads {READING[one]}, and task {found[other]} {READING[other]}; ask for one of "
-                "them at a time."
+                f"task {found[one]} reads {READING[one]}, and task {found[other]} "
+                f"{READING[other]}; ask for one of them at a time."
             )
     return tasks
 

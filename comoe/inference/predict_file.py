@@ -113,8 +113,8 @@ def _refuse_finished(target: Path) -> None:
     begun = journal_of(target).is_file() or not target.exists()
     if not begun and (any(target.iterdir()) if target.is_dir() else target.stat().st_size):
         raise ValueError(
-            f"--resume: {target} is finished, as no unfinished run has left anything beside it; nothing was predicted. "
-            "Leave --resume out to predict it anew."
+            f"--resume: {target} is finished, as no unfinished run has left anything beside it; "
+            "nothing was predicted. Leave --resume out to predict it anew."
         )
 
 

@@ -101,8 +101,8 @@ class Predictor(OnHub):
             device not in ("auto", "cpu") or precision not in ("auto", "float32")
         ):
             raise ValueError(
-                f"--backend {backend} runs on the CPU, in the precision that its file was exported in; leave out "
-                "--device and --precision."
+                f"--backend {backend} runs on the CPU, in the precision that its file was exported "
+                "in; leave out --device and --precision."
             )
         place, products = "cpu", "float32"
         if backend == "torch":

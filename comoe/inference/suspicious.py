@@ -43,8 +43,8 @@ def doubted_tasks(tasks: Sequence[Task]) -> list[Task]:
     if not found:
         names = ", ".join(task.name for task in tasks)
         raise ValueError(
-            f"--suspicious compares labels with their probabilities, and {names} has none: it is for single_label, "
-            "label_words and multi_label tasks. Name such a task with --task."
+            f"--suspicious compares labels with their probabilities, and {names} has none: it is "
+            "for single_label, label_words and multi_label tasks. Name such a task with --task."
         )
     return found
 

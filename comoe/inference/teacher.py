@@ -83,8 +83,8 @@ def find_teachers(config: DistillConfig, tasks: Sequence[Task]) -> tuple[Teacher
     for name in config.tasks:
         if teachers and name not in known:
             raise ValueError(
-                f"distill.tasks names {name}, but no teacher knows a task of that name; leave it out: it is learned "
-                "from its gold labels."
+                f"distill.tasks names {name}, but no teacher knows a task of that name; leave it "
+                "out: it is learned from its gold labels."
             )
     return teachers
 
@@ -119,8 +119,8 @@ def _columns(folder: Path, own: Task, student: Task) -> list[int]:
     if own.rules.soft != student.rules.soft:
         raise ValueError(
             f"{place} as kind {own.kind} ({own.rules.soft}), but tasks.{student.name}.kind is {student.kind} "
-            f"({student.rules.soft or 'without soft labels'}); leave the task to its gold labels with distill.tasks, "
-            "or take another teacher."
+            f"({student.rules.soft or 'without soft labels'}); leave the task to its gold labels "
+            "with distill.tasks, or take another teacher."
         )
     if set(own.labels) != set(student.labels):
         raise ValueError(

@@ -69,8 +69,8 @@ def windows_of(
         start = end
     if start < wanted:
         raise ValueError(
-            f"--resume: the unfinished output was made of another input, whose first {wanted:,} posts differ from "
-            "these; give that one, or start anew, without --resume."
+            f"--resume: the unfinished output was made of another input, whose first {wanted:,} "
+            "posts differ from these; give that one, or start anew, without --resume."
         )
 
 

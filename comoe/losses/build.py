@@ -37,8 +37,8 @@ def build_objective(
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
             f"model.train_layers ({recipe.model.train_layers}) leaves nothing to train: a decoder predicts every task, "
-            "so there are no heads; set it to all or to a number of last layers, or give the model experts "
-            "(model.moe.num_experts) or private parts (model.private_width)."
+            "so there are no heads; set it to all or to a number of last layers, or give the model "
+            "experts (model.moe.num_experts) or private parts (model.private_width)."
         )
     with torch.device("meta") if shape else nullcontext():
         return Objective(

@@ -162,8 +162,8 @@ def check_lengths(encoder: nn.Module, tasks: Sequence[Task]) -> None:
     limit = longest_input(encoder.config)
     if longest.max_answer_length > limit:
         raise ValueError(
-            f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
-            f"positions that the decoder of model.encoder numbers."
+            f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most "
+            f"{limit}, the positions that the decoder of model.encoder numbers."
         )
 
 

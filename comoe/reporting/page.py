@@ -55,8 +55,8 @@ def _counted(table: Mapping[str, Any], weighted_by: str | None) -> str:
     if weighted_by is None:
         return f"{table['posts']:,} posts: {each}."
     return (
-        f"{table['posts']:,} posts, counted by the sum of their {weighted_by}: {each}. They are worth "
-        f"{table['effective_posts']:,.0f} equally weighted posts, for which V is corrected."
+        f"{table['posts']:,} posts, counted by the sum of their {weighted_by}: {each}. They are "
+        f"worth {table['effective_posts']:,.0f} equally weighted posts, for which V is corrected."
     )
 
 
@@ -83,8 +83,8 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
     open_, posts = _open(task), task["posts"]
     if open_ and posts < FEW:
         found.append(
-            f"So few posts say next to nothing of shares ({posts:,} with a prediction): the intervals of "
-            f"{', '.join(open_)} reach from about 0 to 100 %."
+            f"So few posts say next to nothing of shares ({posts:,} with a prediction): the "
+            f"intervals of {', '.join(open_)} reach from about 0 to 100 %."
         )
     elif open_:
         confusion = np.array(task.get("confusion", ()))
@@ -93,8 +93,8 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
         found.append(
             f"The predictions say next to nothing of the share of {', '.join(open_)}: on the labeled posts the model "
             f"hardly tells these labels from others{alone}, so nearly any mix explains the predictions, and the "
-            "intervals reach from about 0 to 100 %. Label some 200 of these posts, drawn at random, and give them with "
-            "--gold."
+            "intervals reach from about 0 to 100 %. Label some 200 of these posts, drawn at "
+            "random, and give them with --gold."
         )
     if never := task.get("never_labeled"):
         found.append(
@@ -106,13 +106,13 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
         wrong = ", and then the corrected shares are wrong" if "corrected" in task else ""
         found.append(
             f"These posts are of another kind than the labeled ones: their {by} tell them apart (area under the curve "
-            f"{area:.2f}). The model may err otherwise here{wrong}: label some 200 of these posts, drawn at random, "
-            "and give them with --gold."
+            f"{area:.2f}). The model may err otherwise here{wrong}: label some 200 of these posts, "
+            "drawn at random, and give them with --gold."
         )
     if (index := drift.get("scores", 0.0)) > 0.25:
         found.append(
-            f"The scores differ much from those of the labeled posts (population stability index {index:.2f}): label "
-            "some of these posts and measure again."
+            "The scores differ much from those of the labeled posts (population stability index "
+            f"{index:.2f}): label some of these posts and measure again."
         )
     return found
 

@@ -60,8 +60,8 @@ def groups_of(corpus: Corpus, options: ReportOptions) -> tuple[list[Group], list
         known = [time for time in times if time is not None]
         if not known:
             raise ValueError(
-                f"{corpus.source}: no cell of {options.time} (--time) is a time, like 2026-05-31, 2026-05-31T12:00:00Z "
-                "or seconds since 1970."
+                f"{corpus.source}: no cell of {options.time} (--time) is a time, like 2026-05-31, "
+                "2026-05-31T12:00:00Z or seconds since 1970."
             )
         period = options.period
         if period == "auto":
@@ -70,8 +70,8 @@ def groups_of(corpus: Corpus, options: ReportOptions) -> tuple[list[Group], list
         every = names_between(min(known), max(known), period)
         if len(every) > MAX_PERIODS:
             raise ValueError(
-                f"--period {period}: the posts span {len(every):,} of them; at most {MAX_PERIODS} can be shown. Choose "
-                "a longer one, or auto."
+                f"--period {period}: the posts span {len(every):,} of them; at most {MAX_PERIODS} "
+                "can be shown. Choose a longer one, or auto."
             )
         groups.append(replace(_group(options.time, names, options), periods=every))
         if lost := len(times) - len(known):

@@ -112,8 +112,8 @@ def read_corpus(path: Path) -> Corpus:
     raw, format = _read_rows(path)
     if any(_is_adapted(row) for row in raw.rows):
         raise ValueError(
-            f"{path} was predicted with scores adapted to another mix of labels (prior); a report estimates the mix "
-            "itself: predict without --assume-rate and --adapt-prior."
+            f"{path} was predicted with scores adapted to another mix of labels (prior); a report "
+            "estimates the mix itself: predict without --assume-rate and --adapt-prior."
         )
     rows = _nested(raw.rows) if format in CELLS else [dict(row) for row in raw.rows]
     names = dict.fromkeys(key for row in rows for key, cell in row.items() if _kind(cell))
@@ -181,8 +181,8 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
                 rows.append(row)
         if bad and not rows:
             raise ValueError(
-                f"--labeled {path}: none of its posts can be read, the first: {bad[0]} Copy the file again, or take it "
-                "out of the folder."
+                f"--labeled {path}: none of its posts can be read, the first: {bad[0]} Copy the "
+                "file again, or take it out of the folder."
             )
         if rows:
             gold = [row["gold"] for row in rows]
@@ -191,8 +191,8 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
             found[path.stem] = replace(task, texts=texts, bad=tuple(bad))
     if not found:
         raise ValueError(
-            f"--labeled {folder}: no file there has predictions with gold labels; name predictions/validation of the "
-            "run that made the export."
+            f"--labeled {folder}: no file there has predictions with gold labels; name "
+            "predictions/validation of the run that made the export."
         )
     return found
 
@@ -235,8 +235,8 @@ def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
         known = np.array([_number(cell) for cell in gold], dtype=float)[:, None]
         for row in np.flatnonzero(~np.isfinite(known[:, 0])):
             raise ValueError(
-                f"{corpus.source}: post {rows[row] + 1} has {gold[row]!r} as {column} (--gold {task}={column}); task "
-                f"{task} predicts numbers: give a number, or an empty cell."
+                f"{corpus.source}: post {rows[row] + 1} has {gold[row]!r} as {column} (--gold "
+                f"{task}={column}); task {task} predicts numbers: give a number, or an empty cell."
             )
     else:
         for row, cell in zip(rows, gold, strict=True):

@@ -147,8 +147,8 @@ def _weights(corpus: Corpus, options: ReportOptions) -> np.ndarray:
             weights.append(np.nan)
         if not (np.isfinite(weights[-1]) and weights[-1] >= 0):
             raise ValueError(
-                f"{corpus.source}: post {number} has {cell!r} as {options.weight} (--weight); a weight must be a "
-                "number from 0 up."
+                f"{corpus.source}: post {number} has {cell!r} as {options.weight} (--weight); a "
+                "weight must be a number from 0 up."
             )
     if not sum(weights):
         raise ValueError(f"{corpus.source}: all weights ({options.weight}) are 0.")
@@ -170,8 +170,8 @@ class _Section:
         task, every_N = self.task, np.arange(len(self.corpus))
         if self.labeled is not None and self.labeled.what != task.what:
             raise ValueError(
-                f"--labeled: task {task.name} predicts {self.labeled.what} there, but {task.what} in "
-                f"{self.corpus.source}."
+                f"--labeled: task {task.name} predicts {self.labeled.what} there, but {task.what} "
+                f"in {self.corpus.source}."
             )
         made: dict[str, Any] = {"name": task.name, "what": task.what, "labels": list(task.labels)}
         made |= {"posts": int(task.predicted.sum()), **self.shares(every_N, draws=DRAWS)}
@@ -257,8 +257,8 @@ class _Section:
         labeled = self.labeled
         if unknown := set(self.task.labels) - set(labeled.labels):
             raise ValueError(
-                f"--labeled: task {self.task.name} has no label {', '.join(sorted(unknown))} there; are these "
-                "predictions by another model?"
+                f"--labeled: task {self.task.name} has no label {', '.join(sorted(unknown))} "
+                "there; are these predictions by another model?"
             )
         order = [labeled.labels.index(label) for label in self.task.labels]
         both = ~np.isnan(labeled.gold).any(1) & labeled.predicted

@@ -46,8 +46,8 @@ class Limits:
             )
         if self.batch_wait >= 1000 * self.timeout:
             raise ValueError(
-                f"--batch-wait ({self.batch_wait:g} ms) must be below --timeout ({self.timeout:g} s): "
-                "a post that waits longer gets no answer."
+                f"--batch-wait ({self.batch_wait:g} ms) must be below --timeout ({self.timeout:g} "
+                "s): a post that waits longer gets no answer."
             )
         if self.queue < self.max_posts:
             raise ValueError(

@@ -15,8 +15,8 @@ from comoe.starter.kit import Say, fetch_or_explain, license_section
 
 NOTE = (
     "SmolLM2-135M-Instruct (Llama, 30 layers, width 576, 134.5 million parameters; English) by Hugging Face "
-    "(arXiv:2502.02737), weights under Apache-2.0, rounded to 4 bits by QuantFactory (Q4_1; the embeddings to 8 bits) "
-    "and kept here as bfloat16."
+    "(arXiv:2502.02737), weights under Apache-2.0, rounded to 4 bits by QuantFactory (Q4_1; the "
+    "embeddings to 8 bits) and kept here as bfloat16."
 )
 """License and origin of the weights."""
 

@@ -37,8 +37,8 @@ def resolve_label_words(
     listed = ", ".join(words)
     if len(words) != len(labels):
         raise ValueError(
-            f"tasks.{name}.label_words has {len(words)} entries ({listed}) for {len(labels)} labels; give one for "
-            f"each, in their order: {', '.join(labels)}."
+            f"tasks.{name}.label_words has {len(words)} entries ({listed}) for {len(labels)} "
+            f"labels; give one for each, in their order: {', '.join(labels)}."
         )
     if len(set(words)) < len(words) or not all(words):
         raise ValueError(

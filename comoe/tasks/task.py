@@ -279,8 +279,8 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
         )
     if CONFIDENCE_STRATEGIES[config.confidence_strategy] and not kind.scored:
         raise ValueError(
-            f"tasks.{name}.confidence_strategy ({config.confidence_strategy}) has no meaning for a task without "
-            "labels; leave it out."
+            f"tasks.{name}.confidence_strategy ({config.confidence_strategy}) has no meaning for a "
+            "task without labels; leave it out."
         )
     if config.label_smoothing and not kind.min_labels:
         raise ValueError(

@@ -99,8 +99,8 @@ def _problem(plan: MemoryPlan, sure: int, rough: int, have: int, where: str) -> 
     return (
         f"the run needs about {need / 2**30:,.0f} GiB of memory ({plan.setting}; most of it {largest.name}), and "
         f"{where} has {have / 2**30:,.1f} GiB. --dry-run --gpus N shows the plan for N GPUs; fewer or narrower experts "
-        "(model.moe), a smaller encoder or loss.contrastive.queue_size, more ranks with ZeRO 3, or a smaller "
-        "train.micro_batch_size need less."
+        "(model.moe), a smaller encoder or loss.contrastive.queue_size, more ranks with ZeRO 3, or "
+        "a smaller train.micro_batch_size need less."
     )
 
 

@@ -94,8 +94,8 @@ def _number(environment: Environment, name: str, default: int | None = None) -> 
     value = environment.get(name, "" if default is None else str(default))
     if not value.isdecimal():
         raise ValueError(
-            f"the environment has {name}={value!r}, where a launcher sets a whole number; unset what is left of "
-            "another launcher, or set it."
+            f"the environment has {name}={value!r}, where a launcher sets a whole number; unset "
+            "what is left of another launcher, or set it."
         )
     return int(value)
 
@@ -204,8 +204,8 @@ def check_ranks(asked: int | None) -> None:
     have = psutil.virtual_memory().total + psutil.swap_memory().total
     if asked is not None and asked * RANK_BYTES > have:
         raise ValueError(
-            f"--ranks is {asked:,}; each takes {RANK_BYTES >> 20} MiB and more, and this machine has "
-            f"{have / 2**30:,.1f} GiB: at most {have // RANK_BYTES:,}."
+            f"--ranks is {asked:,}; each takes {RANK_BYTES >> 20} MiB and more, and this machine "
+            f"has {have / 2**30:,.1f} GiB: at most {have // RANK_BYTES:,}."
         )
 
 
@@ -239,6 +239,6 @@ def refuse_restarts_under_torchrun(restarts: int) -> None:
     """
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
-            "--restarts does not work under torchrun, whose agent holds the port; start the ranks with "
-            "comoe train --ranks N --restarts ..., or with deepspeed."
+            "--restarts does not work under torchrun, whose agent holds the port; start the ranks "
+            "with comoe train --ranks N --restarts ..., or with deepspeed."
         )

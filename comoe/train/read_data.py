@@ -64,13 +64,13 @@ def _first_stage(recipe: Recipe, corpus: Corpus) -> list[str]:
     steps = total_steps(recipe.train, steps_per_epoch=-(-posts // batch_size))
     if first >= steps:
         raise ValueError(
-            f"{key} ({first}) must be less than the {steps} steps of the run; lower it, or raise train.max_steps or "
-            "train.epochs."
+            f"{key} ({first}) must be less than the {steps} steps of the run; lower it, or raise "
+            "train.max_steps or train.epochs."
         )
     if first and not any(task.contrastive for task in corpus.tasks):
         raise ValueError(
-            f"{key} is {first}, but no task takes part in the contrastive loss; set tasks.<name>.contrastive for one, "
-            "or make it 0."
+            f"{key} is {first}, but no task takes part in the contrastive loss; set "
+            "tasks.<name>.contrastive for one, or make it 0."
         )
     note = f"{first:,} of {steps:,} steps come first that learn from the contrastive loss alone"
     return [note] if first else []

@@ -158,8 +158,8 @@ def _image_text(recipe: Recipe) -> Iterator[str]:
     contrasts = losses.itc_weight > 0 and (losses.separate_passes or not alone)
     if alone and losses.itc_weight and not contrasts:
         why = (
-            f"model.encoder ({encoder}) reads both sides in one stream, so none are there to compare; "
-            "loss.image_text.separate_passes=true makes them"
+            f"model.encoder ({encoder}) reads both sides in one stream, so none are there to "
+            "compare; loss.image_text.separate_passes=true makes them"
         )
         yield _in_vain("loss.image_text.itc_weight", losses.itc_weight, why)
     if losses.separate_passes and not (alone and losses.itc_weight):

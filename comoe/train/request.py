@@ -65,8 +65,8 @@ def load_requested(request: Request) -> Recipe:
         )
     if not any((request.resume / name).exists() for name in OF_A_RUN):
         raise ValueError(
-            f"--resume {request.resume}: the folder has a config.yaml and nothing else of a run; begin one with "
-            f"--config {saved}."
+            f"--resume {request.resume}: the folder has a config.yaml and nothing else of a run; "
+            f"begin one with --config {saved}."
         )
     results = request.resume / "results.json"
     fitted = results.is_file() and read_json(results).get("baseline")
@@ -113,7 +113,7 @@ def deepspeed_settings(request: Request, recipe: Recipe) -> Mapping[str, Any]:
     own = request.resume / OWN_SETTINGS
     if not own.is_file():
         raise ValueError(
-            f"--resume {request.resume}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add "
-            "--deepspeed with the file that the run was begun with, such as zero2."
+            f"--resume {request.resume}: no {OWN_SETTINGS} there, as runs of earlier versions have "
+            "none; add --deepspeed with the file that the run was begun with, such as zero2."
         )
     return load_settings(own, saved=True)

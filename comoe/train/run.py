@@ -139,8 +139,8 @@ def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> Non
     folder, state, finished_before = run.folder, run.state, bool(run.state.finished)
     if finished_before and is_main():
         print(
-            f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
-            f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
+            f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it "
+            f"anew with run.overwrite=true, further with a larger train.max_steps or train.epochs."
         )
     # From here on an error is not the user's: all input has been read.
     run.watch.enter("finishing" if finished_before else "first step")

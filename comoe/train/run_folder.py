@@ -83,8 +83,8 @@ def _taken(folder: Path, *, overwrite: bool) -> str:
         )
     if "config.yaml" in there and not overwrite:
         return (
-            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
-            "run.overwrite=true."
+            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, "
+            "or delete it with run.overwrite=true."
         )
     return ""
 
@@ -140,8 +140,8 @@ def check_same_words(folder: Path, tokenizer: Any) -> None:
     if 100 * len(other) > len(began):
         raise ValueError(
             f"model.encoder has another vocabulary than {folder} learned: {len(other):,} of {len(began):,} words, such "
-            f"as {other[0]!r}, are not there or have another number; give the encoder that the run was begun with, or "
-            "begin a new run with another run.name."
+            f"as {other[0]!r}, are not there or have another number; give the encoder that the run "
+            "was begun with, or begin a new run with another run.name."
         )
 
 
@@ -165,8 +165,8 @@ def check_same_groups(folder: Path, recipe: Recipe) -> None:
     )
     if (began == 1) != (now == 1):
         raise ValueError(
-            f"train.layer_decay is {now}, but {folder} has {began}: its optimizer has other groups of weights. "
-            "Leave it as it was, or begin a new run with another run.name."
+            f"train.layer_decay is {now}, but {folder} has {began}: its optimizer has other groups "
+            "of weights. Leave it as it was, or begin a new run with another run.name."
         )
 
 
@@ -286,8 +286,8 @@ def _refuse_unseen(folder: Path, word: str) -> None:
     if blind:
         raise ValueError(
             f"{folder} is not the same folder on all machines: {', '.join(sorted(set(blind)))} cannot see what "
-            f"rank 0 wrote there. Every rank writes its part of a checkpoint into it: set run.output_dir to a "
-            f"folder that all machines share."
+            "rank 0 wrote there. Every rank writes its part of a checkpoint into it: set "
+            f"run.output_dir to a folder that all machines share."
         )
 
 

@@ -56,8 +56,8 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
         if repeated:
             yield (
                 f"{name} was trained on {about}{repeated:,} of the {len(corpus.splits[split]):,} {split} posts of this "
-                "run, so that scores are too high; its recipe held out others (data.split_seed, fractions, stratify, "
-                "tasks.<name>.splits, hold_out)"
+                "run, so that scores are too high; its recipe held out others (data.split_seed, "
+                "fractions, stratify, tasks.<name>.splits, hold_out)"
             )
 
 

@@ -103,8 +103,8 @@ def _fitting(
     }
     if lost := source.blocks - {prefix.removesuffix("block.") for prefix in blocks}:
         raise ValueError(
-            f"{len(lost)} layers have experts there and none here ({min(lost)}...); set model.moe.layers as in that "
-            "run."
+            f"{len(lost)} layers have experts there and none here ({min(lost)}...); set "
+            "model.moe.layers as in that run."
         )
     adapters = _check_adapters(source, config.moe, model)
     for prefix, block in blocks.items():
@@ -125,8 +125,8 @@ def _fitting(
         elif name.split(".")[0] in PRE_TRAINED:
             rule = "has another shape there" if fits else "is not there"
             raise ValueError(
-                f"{name} {rule}; both runs need the same model.encoder, model.keep_layers, model.own_layers and "
-                "model.vision.tower."
+                f"{name} {rule}; both runs need the same model.encoder, model.keep_layers, "
+                "model.own_layers and model.vision.tower."
             )
 
 

@@ -208,8 +208,8 @@ class Trainer:
             posts = run.layout.micro_batch_size
             raise TrainingStopped(
                 f"out of memory with {posts} posts per forward pass on rank {rank()}: set "
-                f"train.micro_batch_size={max(1, posts // 2)} (the batch of {run.recipe.train.batch_size} stays the "
-                f"same), or a smaller data.max_length."
+                f"train.micro_batch_size={max(1, posts // 2)} (the batch of "
+                f"{run.recipe.train.batch_size} stays the same), or a smaller data.max_length."
             ) from error
         state.step += 1
         # Waiting for posts and for slower ranks counts as training.
@@ -247,8 +247,8 @@ class Trainer:
         if state.nonfinite_in_a_row >= run.recipe.train.max_nonfinite:
             raise TrainingStopped(
                 f"{state.nonfinite_in_a_row} steps in a row (up to step {state.step}) had a loss or gradient that is "
-                f"not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. "
-                f"{self._way_back()}"
+                f"not finite; the last posts: {posts}. Lower train.learning_rate, or look at these "
+                f"posts. {self._way_back()}"
             )
 
     def _refuse_divergence(self) -> None:
@@ -256,8 +256,8 @@ class Trainer:
         state, row = self.run.state, self.run.state.nonfinite_in_a_row
         if row > 1 or state.nonfinite_total >= state.step:
             raise TrainingStopped(
-                f"the last {row} of {state.step} steps had a loss or gradient that is not finite. Lower "
-                f"train.learning_rate. {self._way_back()}"
+                f"the last {row} of {state.step} steps had a loss or gradient that is not finite. "
+                f"Lower train.learning_rate. {self._way_back()}"
             )
 
     def _way_back(self) -> str:
@@ -265,8 +265,8 @@ class Trainer:
         if not whole:
             return "No checkpoint was saved: begin again."
         return (
-            f"{whole[-1].name} is the newest whole checkpoint, of finite weights: go on with --resume "
-            f"{self.run.folder}, or begin again if its losses have grown too."
+            f"{whole[-1].name} is the newest whole checkpoint, of finite weights: go on with "
+            f"--resume {self.run.folder}, or begin again if its losses have grown too."
         )
 
     def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
@@ -335,8 +335,8 @@ class Trainer:
             )
         if problem := diverged_losses(evaluation.metrics, run.tasks):
             raise TrainingStopped(
-                f"training has diverged by step {state.step}: losses on validation posts are {problem}. Lower the "
-                f"learning rates. {self._way_back()}"
+                f"training has diverged by step {state.step}: losses on validation posts are "
+                f"{problem}. Lower the learning rates. {self._way_back()}"
             )
         remark = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
         self._say(f"step {state.step}: validation {value:.4f}{remark}")
@@ -353,8 +353,8 @@ class Trainer:
                 save_checkpoint(run.checkpoints, run.engine, run.state, run.layout, keep=keep)
             except Diverged as error:
                 raise TrainingStopped(
-                    f"training has diverged by step {run.state.step}: {error}, are not finite or beyond all measure. "
-                    f"Lower the learning rates. {self._way_back()}"
+                    f"training has diverged by step {run.state.step}: {error}, are not finite or "
+                    f"beyond all measure. Lower the learning rates. {self._way_back()}"
                 ) from error
         return run.state.step
 

@@ -216,8 +216,8 @@ class ImageReader:
             ).most_common(1)
             first = next(row for row in bad if row.reason == f"{IMAGE_REASON}{reason}")
             self.report.warnings.append(
-                f"{file}: {len(bad):,} of {len(bad) + good:,} images are bad, most often ({count:,}) because of: "
-                f"{reason}. The first: {first}"
+                f"{file}: {len(bad):,} of {len(bad) + good:,} images are bad, most often "
+                f"({count:,}) because of: {reason}. The first: {first}"
             )
 
 

@@ -194,8 +194,8 @@ def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -
     except (OSError, ValueError, KeyError) as error:
         message = (str(reason).strip().splitlines() or ["no message"])[0]
         raise ValueError(
-            f"model.vision.tower ({name}): no image processor could be loaded. Give a folder that holds "
-            f"preprocessor_config.json or config.json, or a hub name with a network at hand. "
+            f"model.vision.tower ({name}): no image processor could be loaded. Give a folder that "
+            f"holds preprocessor_config.json or config.json, or a hub name with a network at hand. "
             f"({type(reason).__name__}: {message})"
         ) from error
     own = Path(name) / "preprocessor_config.json"

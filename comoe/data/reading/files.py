@@ -76,8 +76,8 @@ class Met:
             return ""
         first, last = self.first_joined
         return (
-            f"{file}: {self.joined:,} rows take several lines, as a quoted cell may, the first one lines "
-            f"{first} to {last}; a stray quote joins lines too: look at them."
+            f"{file}: {self.joined:,} rows take several lines, as a quoted cell may, the first one "
+            f"lines {first} to {last}; a stray quote joins lines too: look at them."
         )
 
 

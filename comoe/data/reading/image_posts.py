@@ -226,8 +226,8 @@ class _Found:
 def _file(option: str, folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise ValueError(
-            f"{option} ({folder}): there is no file {name}. Give the folder as its authors' archive leaves it "
-            "(docs/images.md, public data sets)."
+            f"{option} ({folder}): there is no file {name}. Give the folder as its authors' "
+            "archive leaves it (docs/images.md, public data sets)."
         )
     return folder / name
 

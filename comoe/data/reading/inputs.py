@@ -100,8 +100,8 @@ def choose_column(
     if found is None:
         there = "is a .txt" if columns is None else f"has {', '.join(columns)}"
         print(
-            f"this model reads images; the input has no column {trained}; it {there}: answering by the text alone "
-            "(--image-column names another column)",
+            f"this model reads images; the input has no column {trained}; it {there}: answering by "
+            "the text alone (--image-column names another column)",
             file=sys.stderr,
         )
     return found

@@ -133,8 +133,8 @@ def _opened(path: Path) -> _Export:
     tasks = read_json(path)
     if not (isinstance(tasks, list) and all(_is_task(task) for task in tasks)):
         raise ValueError(
-            f"{path} is no export of Label Studio: it must be a JSON list of tasks with data and annotations; choose "
-            "JSON there (not JSON-MIN), or correct the format."
+            f"{path} is no export of Label Studio: it must be a JSON list of tasks with data and "
+            "annotations; choose JSON there (not JSON-MIN), or correct the format."
         )
     export = _Export(path, len(tasks))
     for line, task in enumerate(tasks, start=1):
@@ -211,8 +211,8 @@ def _text_column(export: _Export, text: str | None, option: str) -> str:
         return best[0]
     which = f"they fit {', '.join(best)}" if best else "no post has a text"
     raise ValueError(
-        f"{export.path}: nothing says which column of the data the spans are marked in: {which}; set {option} to it, "
-        "and the post is read from there as words."
+        f"{export.path}: nothing says which column of the data the spans are marked in: {which}; "
+        f"set {option} to it, and the post is read from there as words."
     )
 
 
@@ -231,8 +231,8 @@ def _given(name: str, opinions: Opinions, kind: str, several: set[str]) -> list[
     for one in found:
         if len(one) > 1:
             raise ValueError(
-                f"an annotator chose {' and '.join(sorted(one))} of {name}, whose task has one label per post; "
-                "use kind: multi_label, or correct the annotation."
+                f"an annotator chose {' and '.join(sorted(one))} of {name}, whose task has one "
+                "label per post; use kind: multi_label, or correct the annotation."
             )
     return [next(iter(one)) for one in found if one]
 
@@ -272,8 +272,8 @@ def _opinions(task: Mapping[str, Any], export: _Export) -> Opinions:
                 export.objects[str(result.get("to_name"))] += 1
             elif "start" in result["value"]:
                 raise ValueError(
-                    f"control {name} labels a part of the post (its value has start), not the post; "
-                    "remove perRegion from the control."
+                    f"control {name} labels a part of the post (its value has start), not the "
+                    "post; remove perRegion from the control."
                 )
             _add(opinions[-1], name, kind, result["value"], key)
     return opinions

@@ -88,12 +88,12 @@ def open_source(
             )
         if key.startswith("-"):
             raise ValueError(
-                f"{key} {path}: there is no such file or folder; correct the path, or give --format hub for a data set "
-                "of the Hugging Face hub."
+                f"{key} {path}: there is no such file or folder; correct the path, or give "
+                "--format hub for a data set of the Hugging Face hub."
             )
         raise ValueError(
-            f"{key}.path ({path}): there is no file or folder {place}. Correct the path or data.root; "
-            f"for a data set of the Hugging Face hub set {key}.format=hub."
+            f"{key}.path ({path}): there is no file or folder {place}. Correct the path or "
+            f"data.root; for a data set of the Hugging Face hub set {key}.format=hub."
         )
     return Source(
         key=key,
@@ -296,8 +296,8 @@ def _read_hub(source: Source, split: str) -> RawSplit | None:
         return named_rows(found.to_list(), found.column_names, known, file=file)
     if split == "train" or split in source.splits:
         raise ValueError(
-            f"{source.key}.path ({where}): no split {' or '.join(names)}; there is {', '.join(loaded)}. "
-            f"Name one in {source.key}.splits.{split}."
+            f"{source.key}.path ({where}): no split {' or '.join(names)}; there is "
+            f"{', '.join(loaded)}. Name one in {source.key}.splits.{split}."
         )
     return None
 

@@ -60,8 +60,8 @@ def load_hub(key: str, path: str, subset: str | None = None, **options: Any) -> 
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(
-            f"{key} ({where}): the data set could not be loaded from the Hugging Face hub. Without a "
-            "network, save it as JSON lines and give the folder. Otherwise check the name, "
+            f"{key} ({where}): the data set could not be loaded from the Hugging Face hub. Without "
+            "a network, save it as JSON lines and give the folder. Otherwise check the name, "
             f"the subset, and your right to read it. ({type(error).__name__}: {reason})"
         ) from error
 

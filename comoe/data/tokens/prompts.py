@@ -72,8 +72,8 @@ class Wording:
         room = self.room(task)
         if room <= 0:
             raise ValueError(
-                f"tasks.{task.name}.prompt takes {self._max_length - room} tokens by itself, of data.max_length "
-                f"({self._max_length}); shorten it, or raise data.max_length."
+                f"tasks.{task.name}.prompt takes {self._max_length - room} tokens by itself, of "
+                f"data.max_length ({self._max_length}); shorten it, or raise data.max_length."
             )
         settings = [
             "prompt",
@@ -198,13 +198,13 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
     for label, words, ids in zip(task.labels, task.label_words, made, strict=True):
         if all(token in tokenizer.all_special_ids for token in ids):
             raise ValueError(
-                f"tasks.{task.name}.label_words: the tokenizer of model.encoder has no token for {words!r} (label "
-                f"{label}); give words that it knows."
+                f"tasks.{task.name}.label_words: the tokenizer of model.encoder has no token for "
+                f"{words!r} (label {label}); give words that it knows."
             )
         if (other := found.setdefault(tuple(ids), words)) != words:
             raise ValueError(
-                f"tasks.{task.name}.label_words: {other!r} and {words!r} are the same tokens to the tokenizer of "
-                "model.encoder; give words that it can tell apart."
+                f"tasks.{task.name}.label_words: {other!r} and {words!r} are the same tokens to "
+                "the tokenizer of model.encoder; give words that it can tell apart."
             )
     return [list(ids) for ids in found]
 

@@ -277,8 +277,8 @@ def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> Non
     report.targets_cut.update({name: split.targets_cut for name, split in splits.items()})
     rooms = {task: room for split in splits.values() for task, room in split.room.items()}
     report.warnings.extend(
-        f"tasks.{task}.prompt almost fills data.max_length (tokens left for the post: {room}); shorten it, or raise "
-        "data.max_length"
+        f"tasks.{task}.prompt almost fills data.max_length (tokens left for the post: {room}); "
+        "shorten it, or raise data.max_length"
         for task, room in rooms.items()
         if room < TIGHT
     )

@@ -119,6 +119,6 @@ def embedding_problem(tokenizer: Any, hf_config: Any) -> str:
     if rows is None or last < rows:
         return ""
     return (
-        f"the tokenizer has id {last} ({word!r}), but the encoder's embedding has {rows} rows: the tokenizer is that "
-        "of another model"
+        f"the tokenizer has id {last} ({word!r}), but the encoder's embedding has {rows} rows: the "
+        "tokenizer is that of another model"
     )

@@ -163,8 +163,8 @@ def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> Planned
         parts = encoder_shape.split(",")
         if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
             raise ValueError(
-                f"--encoder-shape is {encoder_shape!r}; it must be layers,width,feed-forward width,vocabulary, such "
-                "as 24,1024,4096,50265."
+                f"--encoder-shape is {encoder_shape!r}; it must be layers,width,feed-forward "
+                "width,vocabulary, such as 24,1024,4096,50265."
             )
         layers, width, ffn_width, vocabulary, positions = [*map(int, parts), 512]
     else:
@@ -266,8 +266,8 @@ def _folder_of(encoder: str) -> Path:
     )
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"model.encoder ({encoder}) is not a folder with a config.json; set its sizes with --encoder-shape "
-            f"layers,width,feed-forward width,vocabulary."
+            f"model.encoder ({encoder}) is not a folder with a config.json; set its sizes with "
+            f"--encoder-shape layers,width,feed-forward width,vocabulary."
         )
     return folder
 

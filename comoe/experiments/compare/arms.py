@@ -124,8 +124,8 @@ def dropping(recipe: Recipe, dropped: Sequence[str], *, arm: str) -> tuple[str, 
     if recipe.train.max_steps is not None:
         raise ValueError(
             f"train.max_steps is {recipe.train.max_steps}, and the arm {arm} drops tasks: as many steps on fewer posts "
-            f"are more passes over each, so the arms cannot be compared. Set passes instead: train.max_steps=null "
-            f"train.epochs={recipe.train.epochs:g}."
+            "are more passes over each, so the arms cannot be compared. Set passes instead: "
+            f"train.max_steps=null train.epochs={recipe.train.epochs:g}."
         )
     stop = recipe.train.early_stop_metric.partition("/")[0] in dropped
     overrides = [*(f"tasks.{task}=null" for task in dropped), *_teachers_left(recipe, dropped)]
@@ -169,8 +169,8 @@ def _active(recipe: Recipe) -> tuple[int, int, int]:
     shape = shape_of_recipe(recipe)
     if not shape.num_experts:
         raise ValueError(
-            "model.moe.num_experts is 0: arms with experts keep the recipe's active width, and it has none. Set "
-            "model.moe.num_experts, or choose other arms."
+            "model.moe.num_experts is 0: arms with experts keep the recipe's active width, and it "
+            "has none. Set model.moe.num_experts, or choose other arms."
         )
     return shape.num_experts, shape.top_k, shape.top_k * shape.expert_width
 
@@ -203,8 +203,8 @@ def _experts(
         )
     if width % top_k:
         raise ValueError(
-            f"the active width {width} (top_k * expert_width of the recipe) is not a multiple of k = {top_k} "
-            f"experts; set model.moe.expert_width to a multiple of {top_k}."
+            f"the active width {width} (top_k * expert_width of the recipe) is not a multiple of k "
+            f"= {top_k} experts; set model.moe.expert_width to a multiple of {top_k}."
         )
     gate = gate or recipe.model.moe.gate
     moe = {"num_experts": experts, "gate": gate, "top_k": top_k}
@@ -263,8 +263,8 @@ def _confidence(recipe: Recipe, strategy: str) -> list[str]:
     known = [name for name, task in recipe.tasks.items() if task.confidence is not None]
     if not known:
         raise ValueError(
-            f"the arm confidence_{strategy} needs tasks with confidences, and the recipe has none; set their "
-            "column: tasks.<name>.confidence."
+            f"the arm confidence_{strategy} needs tasks with confidences, and the recipe has none; "
+            "set their column: tasks.<name>.confidence."
         )
     return [f"tasks.{name}.confidence_strategy={strategy}" for name in known]
 

@@ -114,8 +114,8 @@ def need_soft_labels(flag: str, recipe: Recipe) -> None:
     """Refuse what reads ``teacher_kl`` where no task has soft labels; ``flag`` is named in the message."""
     if not recipe.distill.teachers and not any(task.soft_label for task in recipe.tasks.values()):
         raise ValueError(
-            f"{flag} is about {TEACHER_KL}, and the recipe has neither teachers (distill.teachers) nor "
-            "a column of soft labels (tasks.<name>.soft_label)."
+            f"{flag} is about {TEACHER_KL}, and the recipe has neither teachers (distill.teachers) "
+            "nor a column of soft labels (tasks.<name>.soft_label)."
         )
 
 

@@ -166,8 +166,8 @@ def _metrics(recipe: Recipe, given: argparse.Namespace) -> list[str]:
         if task not in tasks or not slash or not metric:
             example = f"{next(iter(tasks))}/accuracy"
             raise ValueError(
-                f"--metrics {name}: write task/metric ({example}, {example}@column=value for a slice); the tasks are "
-                f"{', '.join(tasks)}."
+                f"--metrics {name}: write task/metric ({example}, {example}@column=value for a "
+                f"slice); the tasks are {', '.join(tasks)}."
             )
     return names
 

@@ -85,6 +85,6 @@ def tuning_lines(comparison: Comparison) -> list[str]:
 
 
 _SMALLEST = (
-    "Smallest difference: a true one of this size is found in 80 of 100 such comparisons at the 95 % level, by the "
-    "spread of the paired differences."
+    "Smallest difference: a true one of this size is found in 80 of 100 such comparisons at the 95 "
+    "% level, by the spread of the paired differences."
 )

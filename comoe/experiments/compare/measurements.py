@@ -86,8 +86,8 @@ def proposals(
     left_out = any(left_out_task(arm.name) for arm in plan.arms)
     if plan.joint is None or not (given.affinity_posts or left_out):
         raise ValueError(
-            "--propose-groups reads the gradients of the arm multi, or the arms of leave_one_out; add multi to --arms, "
-            "and give --affinity-posts a number or add leave_one_out."
+            "--propose-groups reads the gradients of the arm multi, or the arms of leave_one_out; "
+            "add multi to --arms, and give --affinity-posts a number or add leave_one_out."
         )
 
     def with_proposal(comparison: Comparison) -> Comparison:

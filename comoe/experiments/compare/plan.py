@@ -176,8 +176,8 @@ def _with_seeds(
             other = recipes.setdefault(part.name, recipe)
             if difference := difference_of(_content(other), _content(recipe)):
                 raise ValueError(
-                    f"two arms would share the run folders {part.name}-s{seeds[0]}, ...: one has {difference}. Rename "
-                    "the custom arm."
+                    f"two arms would share the run folders {part.name}-s{seeds[0]}, ...: one has "
+                    f"{difference}. Rename the custom arm."
                 )
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
             experts = 0 if part.baseline else recipe.model.moe.num_experts
@@ -190,13 +190,13 @@ def _with_seeds(
 def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]:
     if recipe.data.limit_eval is not None:
         yield (
-            f"data.limit_eval is {recipe.data.limit_eval}: not all validation and test posts count; with null, "
-            "differences are seen with fewer seeds."
+            f"data.limit_eval is {recipe.data.limit_eval}: not all validation and test posts "
+            "count; with null, differences are seen with fewer seeds."
         )
     if recipe.train.patience:
         yield (
-            f"train.patience is {recipe.train.patience}: a run that gets no better ends early, so passes may "
-            "differ (table Budget); with 0 all are made."
+            f"train.patience is {recipe.train.patience}: a run that gets no better ends early, so "
+            "passes may differ (table Budget); with 0 all are made."
         )
     for name, parts in named.items():
         if name in TASK_ARMS and not any(part.overrides for part in parts):
@@ -212,8 +212,8 @@ def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]
         )
     if recipe.train.eval_every != "auto":
         yield (
-            f"train.eval_every is {recipe.train.eval_every} steps: short runs choose their best weights among fewer "
-            "checkpoints than long ones; auto is twice an epoch in every run."
+            f"train.eval_every is {recipe.train.eval_every} steps: short runs choose their best "
+            "weights among fewer checkpoints than long ones; auto is twice an epoch in every run."
         )
 
 

@@ -224,8 +224,8 @@ def with_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
 def _notes(results: Mapping[str, Sequence[Result]], pairs: PairedDifferences) -> list[str]:
     """What could not be compared or predicted."""
     notes = [
-        f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is compared with (another "
-        "validation split or limit): there is no difference for them."
+        f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is "
+        "compared with (another validation split or limit): there is no difference for them."
         for arm, tasks in pairs.incomparable.items()
     ]
     return notes + [

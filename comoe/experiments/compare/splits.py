@@ -250,8 +250,8 @@ def _compared(
         if bad := {name for name in of_arm if name != MEAN and _others(values, base, arm, name)}:
             other.setdefault(arm, set()).update(bad)
     notes = [
-        f"{arm} predicts for other posts of {', '.join(sorted(names))} than {base}, with one seed or "
-        "more: there is no difference for these."
+        f"{arm} predicts for other posts of {', '.join(sorted(names))} than {base}, with one seed "
+        "or more: there is no difference for these."
         for arm, names in other.items()
     ]
     falls = {

@@ -131,8 +131,8 @@ def _scope(comparison: Comparison) -> str:
     advice = "Intervals of two seeds are wider than the scale: use three or more."
     if fewest == 1:
         advice = (
-            "With one seed they cover other posts, but not other training runs: a significant difference may be an "
-            "effect of the seed. Use three or more."
+            "With one seed they cover other posts, but not other training runs: a significant "
+            "difference may be an effect of the seed. Use three or more."
         )
     return (
         f"{len(runs)} runs, quality on the {split} posts, tasks with the standard deviation over seeds. Brackets are "
@@ -187,8 +187,8 @@ _OFF = (
 
 _BUDGET = (
     "Training data of the arms. Posts are processed posts, with repetition, in all runs of an arm with one seed; "
-    "passes are processed posts over training posts. Single tasks process the posts that they share once per task, so "
-    "their passes are more in total."
+    "passes are processed posts over training posts. Single tasks process the posts that they "
+    "share once per task, so their passes are more in total."
 )
 
 
@@ -267,14 +267,14 @@ def _named(tasks: Sequence[str]) -> str:
 
 
 _SIGNS = (
-    "Larger is better; errors and losses are negated. Bold: the adjusted p-value is below 0.05. Intervals are not "
-    "adjusted: one of twenty excludes 0 by chance. p-values are in gains.csv."
+    "Larger is better; errors and losses are negated. Bold: the adjusted p-value is below 0.05. "
+    "Intervals are not adjusted: one of twenty excludes 0 by chance. p-values are in gains.csv."
 )
 
 
 _CHANGES = (
-    "Improvement of a task (column) without another one (row), against {joint}: above 0 the dropped task did harm, "
-    "below 0 it helped."
+    "Improvement of a task (column) without another one (row), against {joint}: above 0 the "
+    "dropped task did harm, below 0 it helped."
 )
 
 _COSINES = (
@@ -284,6 +284,6 @@ _COSINES = (
 )
 
 _WHY = (
-    "Opposed gradients: below 0 in every seed. Better without: any improvement, bold if significant; worse without: "
-    "significant ones only."
+    "Opposed gradients: below 0 in every seed. Better without: any improvement, bold if "
+    "significant; worse without: significant ones only."
 )

@@ -155,8 +155,8 @@ def read_grid(given: argparse.Namespace, plan: Plan, experiment: Experiment) -> 
         seeds = read_seeds(given.tune_seeds, flag="--tune-seeds")
     if both := set(seeds) & set(plan.seeds):
         raise ValueError(
-            f"--tune-seeds and --seeds both have {min(both)}: values that are chosen on the runs they are compared by "
-            "look too good. Give other seeds."
+            f"--tune-seeds and --seeds both have {min(both)}: values that are chosen on the runs "
+            "they are compared by look too good. Give other seeds."
         )
     grid = Grid(options, tuple(seeds), given.tune_by or LOSS)
     for trial in grid_trials(grid, plan):

@@ -96,8 +96,8 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
         if answering[field] is None:
             raise ValueError(
                 f"model.encoder ({config.encoder}) does not say its {field}, without which its decoder cannot be "
-                "trained; write it into the folder's config.json (the start of an mBART is the id of the answers' "
-                "language)."
+                "trained; write it into the folder's config.json (the start of an mBART is the id "
+                "of the answers' language)."
             )
     _set_answering(encoder, answering)
     return encoder
@@ -109,8 +109,8 @@ def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
     able = ", ".join(name for name, family in FAMILIES.items() if family.stacks)
     raise Unfit(
         f"model.encoder ({name}) is a {model_type}, which has no decoder, but a task is of kind text or label_words, "
-        f"which a decoder predicts; choose a model with one ({able}), such as smoke:t5 or a Flan-T5, or give the "
-        "task a kind that a head predicts, such as single_label."
+        f"which a decoder predicts; choose a model with one ({able}), such as smoke:t5 or a "
+        "Flan-T5, or give the task a kind that a head predicts, such as single_label."
     )
 
 
@@ -233,8 +233,8 @@ def _set_width(hf_config: Any, width: int) -> None:
     old, heads = hf_config.hidden_size, hf_config.num_attention_heads
     if width % (old // heads):
         raise ValueError(
-            f"model.random_width ({width}) must be a multiple of {old // heads}, the width of an attention head of "
-            "model.encoder."
+            f"model.random_width ({width}) must be a multiple of {old // heads}, the width of an "
+            "attention head of model.encoder."
         )
     for field in family_of(hf_config.model_type).feed_forward:
         setattr(hf_config, field, getattr(hf_config, field) * width // old)

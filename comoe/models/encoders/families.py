@@ -132,8 +132,8 @@ def check_alike(option: str, value: Any, model_type: str) -> None:
     if not family_of(model_type).alike:
         able = ", ".join(name for name, family in FAMILIES.items() if family.alike)
         raise ValueError(
-            f"{option} ({value}) is not possible for a {model_type}, whose layers differ in form or serve a decoder; "
-            f"leave it out, or choose an encoder of another family ({able})."
+            f"{option} ({value}) is not possible for a {model_type}, whose layers differ in form "
+            f"or serve a decoder; leave it out, or choose an encoder of another family ({able})."
         )
 
 
@@ -187,8 +187,8 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
     deepest = max(map(len, by_stack))
     if not 1 <= train_layers <= deepest:
         raise ValueError(
-            f"model.train_layers ({train_layers}) must be all, none, or a number from 1 to {deepest}, the layers "
-            f"of {encoder.config.model_type} here."
+            f"model.train_layers ({train_layers}) must be all, none, or a number from 1 to "
+            f"{deepest}, the layers of {encoder.config.model_type} here."
         )
     encoder.requires_grad_(False)
     family = family_of(encoder.config.model_type)
@@ -251,8 +251,8 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> list[int]:
         return list(range(num_layers - last, num_layers))
     if max(layers) >= num_layers:
         raise ValueError(
-            f"model.moe.layers ({layers}) must list different numbers from 0 to {num_layers - 1}, at least one; "
-            "set model.moe.num_experts to 0 for an encoder without experts."
+            f"model.moe.layers ({layers}) must list different numbers from 0 to {num_layers - 1}, "
+            "at least one; set model.moe.num_experts to 0 for an encoder without experts."
         )
     return sorted(layers)
 

@@ -101,8 +101,8 @@ def give_own_layers(
     (layers,) = layers_by_stack(encoder)
     if num_layers >= len(layers):
         raise ValueError(
-            f"model.own_layers ({num_layers}) must leave a layer that all tasks share; model.encoder has "
-            f"{len(layers)} layers: set it to {len(layers) - 1} or less."
+            f"model.own_layers ({num_layers}) must leave a layer that all tasks share; "
+            f"model.encoder has {len(layers)} layers: set it to {len(layers) - 1} or less."
         )
     config = {id(encoder.config): encoder.config}
     for number in range(len(layers) - num_layers, len(layers)):

@@ -90,8 +90,8 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
         folder.is_dir() and not (folder / "config.json").is_file()
     ):
         raise ValueError(
-            f"{role.option} ({name}) is not a folder with {role.noun} (config.json is missing); give a folder that "
-            f"save_pretrained wrote, a hub name, {role.ready_made}."
+            f"{role.option} ({name}) is not a folder with {role.noun} (config.json is missing); "
+            f"give a folder that save_pretrained wrote, a hub name, {role.ready_made}."
         )
     source = str(folder) if folder.is_dir() else name
     with readable_errors(name, role):
@@ -155,8 +155,8 @@ def readable_errors(name: str, role: Role) -> Iterator[None]:
     except Exception as error:  # sizes that do not fit one another end anywhere in the library
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
-            f"{role.option} ({name}) could not be loaded: {reason} Give the folder of {role.noun} that was downloaded, "
-            f"a hub name that this machine can reach, {role.ready_made}."
+            f"{role.option} ({name}) could not be loaded: {reason} Give the folder of {role.noun} "
+            f"that was downloaded, a hub name that this machine can reach, {role.ready_made}."
         ) from error
 
 

@@ -55,8 +55,8 @@ def upcycle(
     if shared + k * F != U:
         raise ValueError(
             f"model.moe.top_k ({k}) experts of model.moe.expert_width ({F}) beside model.moe.shared_width ({shared}) "
-            f"have {shared + k * F} hidden units, the dense block of model.start_from has {U}; make them equal, with "
-            f"model.moe.expert_width={(U - shared) // k} for one."
+            f"have {shared + k * F} hidden units, the dense block of model.start_from has {U}; "
+            f"make them equal, with model.moe.expert_width={(U - shared) // k} for one."
         )
     if k > 1 and (E % k or config.task_prior):
         raise ValueError(

@@ -294,8 +294,8 @@ class ImageTokens(Fusion):
         if columns > self.limit:
             raise ValueError(
                 f"model.vision.fusion: tokens puts {R} image tokens behind a text of {L}, but model.encoder numbers at "
-                f"most {self.limit}; set data.max_length to {max(self.limit - R, 1)} or less, take a tower with fewer "
-                "image tokens, or another fusion."
+                f"most {self.limit}; set data.max_length to {max(self.limit - R, 1)} or less, take "
+                "a tower with fewer image tokens, or another fusion."
             )
         starts_I = images.places_I * columns + mask_BL.sum(dim=1)[images.places_I]
         index_Z = (starts_I[:, None] + torch.arange(R, device=mask_BL.device)).flatten()
@@ -340,8 +340,8 @@ def build_fusion(
     )
     if family.causal and FUSIONS[config.fusion].in_encoder:
         raise ValueError(
-            f"model.vision.fusion ({config.fusion}) puts images behind the text, where a decoder-only model.encoder "
-            "does not look; choose concat, attention or gated."
+            f"model.vision.fusion ({config.fusion}) puts images behind the text, where a "
+            "decoder-only model.encoder does not look; choose concat, attention or gated."
         )
     return FUSIONS[config.fusion](encoder, tower.width, dropout=dropout)
 

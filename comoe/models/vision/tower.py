@@ -179,8 +179,8 @@ def _prepared(hf_config: Any) -> tuple[Any, dict[str, Any]]:
     hf_config = hf_config if half is None else half
     if not (hasattr(hf_config, "num_channels") or hasattr(hf_config, "image_size")):
         raise ValueError(
-            f"{TOWER.option} is a model of type {hf_config.model_type}, which reads no images; take a vision model "
-            "such as ViT, CLIP, SigLIP, DeiT, BEiT, ResNet or ConvNeXt."
+            f"{TOWER.option} is a model of type {hf_config.model_type}, which reads no images; "
+            "take a vision model such as ViT, CLIP, SigLIP, DeiT, BEiT, ResNet or ConvNeXt."
         )
     kind = transformers.MODEL_MAPPING.get(type(hf_config), None)
     takes = () if kind is None else inspect.signature(kind.__init__).parameters

@@ -54,8 +54,8 @@ def reading_data_only(path: Path) -> Iterator[None]:
             f"a pickle of {found[1]}" if found else "a pickle that is damaged or of something else"
         )
         raise ValueError(
-            f"{path} holds {what} and not numbers alone; it was not read, as it could run code. Resume from another "
-            f"checkpoint; if you trust this one, set {ANY_PICKLE}=1."
+            f"{path} holds {what} and not numbers alone; it was not read, as it could run code. "
+            f"Resume from another checkpoint; if you trust this one, set {ANY_PICKLE}=1."
         ) from error
     finally:
         os.environ.pop(ONLY_DATA)

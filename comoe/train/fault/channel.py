@@ -113,8 +113,8 @@ class SideChannel:
             except OSError as error:
                 if time.monotonic() > end or give_up():
                     raise OSError(
-                        f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({error}); the machines of a "
-                        f"run must reach one another on all ports."
+                        f"rank {self.rank} cannot reach rank 0 at {address}, port {port} "
+                        f"({error}); the machines of a run must reach one another on all ports."
                     ) from error
                 time.sleep(RETRY)
         self._take(line, rank=0)

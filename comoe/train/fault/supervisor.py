@@ -246,8 +246,8 @@ class _Child:
         """Why this supervisor leaves after losing rank 0's."""
         if self.attempt < 0:
             return (
-                "rank 0's supervisor is gone, or belongs to another launch: the command after the launcher's "
-                "arguments must be identical on all machines"
+                "rank 0's supervisor is gone, or belongs to another launch: the command after the "
+                "launcher's arguments must be identical on all machines"
             )
         return "rank 0's supervisor is gone, so no restart is possible"
 

@@ -159,8 +159,8 @@ def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> in
         if asked not in (AUTO, 1):
             raise ValueError(
                 f"expert_parallel.autoep_size is {asked} in the DeepSpeed JSON, but expert parallelism is for "
-                f"model.moe.form beside, and it is {form}: its experts are small and whole on every rank; leave the "
-                "key out."
+                f"model.moe.form beside, and it is {form}: its experts are small and whole on "
+                "every rank; leave the key out."
             )
         return 1
     valid = [
@@ -174,8 +174,8 @@ def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> in
         return valid[-1]
     if asked not in valid:
         raise ValueError(
-            f"parallel.ep_size ({asked}) must divide both the ranks ({world_size}) and model.moe.num_experts "
-            f"({experts}); set it to one of {valid}."
+            f"parallel.ep_size ({asked}) must divide both the ranks ({world_size}) and "
+            f"model.moe.num_experts ({experts}); set it to one of {valid}."
         )
     return int(asked)
 

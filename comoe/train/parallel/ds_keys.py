@@ -263,6 +263,6 @@ def check_gate(settings: Mapping[str, Any], recipe: Recipe) -> None:
     asked, moe = settings.get("expert_parallel", {}).get("score_func"), recipe.model.moe
     if moe.num_experts and asked not in (None, moe.gate):
         raise ValueError(
-            f"expert_parallel.score_func is {asked} in the DeepSpeed JSON, but model.moe.gate ({moe.gate}) scores the "
-            "experts; leave it out."
+            f"expert_parallel.score_func is {asked} in the DeepSpeed JSON, but model.moe.gate "
+            f"({moe.gate}) scores the experts; leave it out."
         )
