@@ -196,10 +196,8 @@ class Predictor(OnHub):
                 a model of texts; gradients or experts where none of the tasks, or not the model, has any.
         """
         chosen, method = self.choose_tasks(tasks), method_of(explain)
-        if method:
-            # Tasks without attention have none; the other methods are asked for.
-            of = self.tasks if method == ATTENTION else chosen
-            check_explained(method, of, self.exported.model)
+        if method not in (None, ATTENTION):  # which is shown where there is some
+            check_explained(method, chosen, self.exported.model)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
         if self.long.mode == "windows":
             check_windows(chosen, explained=bool(method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import re
 import sys
@@ -19,6 +20,9 @@ from comoe.distributed import is_main
 
 CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's optimizer state holds beside tensors and plain values."""
+
+# Pythons before 3.11.4 pickle a member of an enumeration as a call of getattr, which is not read.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 ONLY_DATA, ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """Environment variables of torch: ``torch.load`` reads data alone, or runs what a pickle holds."""
