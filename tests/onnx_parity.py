@@ -17,7 +17,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from helpers_export import MOOD, WORDS  # noqa: E402
-from helpers_model import HF_CONFIGS, VARIANTS, moe_config  # noqa: E402
+from helpers_model import HALVES, HF_CONFIGS, VARIANTS, moe_config  # noqa: E402
 
 from comoe.config.recipe import ModelConfig  # noqa: E402
 from comoe.inference import onnx_export  # noqa: E402
@@ -29,7 +29,7 @@ def measure(family: str, folder: Path) -> str:
     """A row of the table."""
     torch.manual_seed(0)
     config = ModelConfig(dropout=0.0, projection_width=8, moe=moe_config(layers="top-1"))
-    encoder = (HF_CONFIGS | VARIANTS)[family].to_dict()
+    encoder = (HF_CONFIGS | VARIANTS | HALVES)[family].to_dict()
     model = build_model(config, (MOOD, WORDS), encoder_config=encoder).eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
@@ -49,5 +49,5 @@ def measure(family: str, folder: Path) -> str:
 if __name__ == "__main__":
     print("| family | float32 | 8 bits | spread of the logits |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        for family in [*HF_CONFIGS, "deberta-v2 with a convolution"]:
+        for family in [*HF_CONFIGS, *HALVES, "deberta-v2 with a convolution"]:
             print(measure(family, Path(name)), flush=True)
