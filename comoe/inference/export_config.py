@@ -112,6 +112,12 @@ def export_config(
     }
 
 
+def export_name(folder: Path) -> str:
+    """What an export is called: by its folder; one called ``export``, by the folder of its run."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "export" else folder.name
+
+
 def _without_path(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in hf_config.items() if key != "_name_or_path"}
 

@@ -19,6 +19,7 @@ from comoe.config.files import (
 from comoe.data.posts import Post
 from comoe.data.reading.label_studio import is_labeled
 from comoe.data.reading.sources import format_of
+from comoe.inference.export_config import export_name
 from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
 from comoe.inference.options import PredictOptions
 from comoe.inference.post_stream import open_posts
@@ -80,9 +81,7 @@ def select_file(
     found = selector.choose(posts, count, excluded=labeled, root=posts.rows.root)
     if not found.chosen:
         raise ValueError(f"no post is left to choose: {_counted(found, source)}.")
-    _write(
-        found, selector, places, model=f"comoe {predictor.exported.folder.resolve().parent.name}"
-    )
+    _write(found, selector, places, model=f"comoe {export_name(predictor.exported.folder)}")
     return f"{len(found.chosen):,} posts to label in {folder}; {_counted(found, source)}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from comoe.inference.checkpoint_folder import MANIFEST
 from comoe.inference.explain import GRADIENTS, METHODS
-from comoe.inference.export_config import CONFIG, WEIGHTS, read_export_config
+from comoe.inference.export_config import CONFIG, WEIGHTS, export_name, read_export_config
 from comoe.inference.predictor import Predictor
 from comoe.serving.batcher import Batcher
 from comoe.serving.limits import Limits
@@ -54,10 +54,7 @@ def read_source(word: str) -> Source:
     path = Path(folder)
     if not folder or (equals and not name):
         raise ValueError(f"{word!r} names no export; give FOLDER or NAME=FOLDER.")
-    if not equals:
-        parts = path.resolve()
-        name = parts.parent.name if parts.name == "export" else parts.name
-    return Source(name, path)
+    return Source(name or export_name(path), path)
 
 
 def revision_of(folder: Path) -> str:

@@ -22,13 +22,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from comoe.starter.kit_posts import write_json_lines
 from comoe.starter.synthetic_images import (
     ENDINGS,
     FEELINGS,
@@ -38,6 +38,7 @@ from comoe.starter.synthetic_images import (
     PAINTS,
     PENS,
     SIZE,
+    write_drawn,
 )
 
 THINGS = {
@@ -79,6 +80,20 @@ class RelatedPost:
     """Whether the named thing is drawn."""
     adds: bool
     """Whether the image says the sentiment, and not the words."""
+
+    @property
+    def shape(self) -> str:
+        """Of the drawn thing."""
+        return THINGS[self.drawn][0]
+
+    def labels(self) -> dict[str, str]:
+        """The sentiment, the relation and its two sides."""
+        return {
+            "sentiment": self.sentiment,
+            "relation": self.relation,
+            "text_shown": "yes" if self.shown else "no",
+            "image_adds": "yes" if self.adds else "no",
+        }
 
     @property
     def relation(self) -> str:
@@ -139,11 +154,12 @@ def draw_related_image(plan: RelatedPost, *, seed: int | Sequence[int]) -> Image
     random = np.random.default_rng(seed)
     coarse = random.integers(*LEVELS[plan.light], size=(6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    shape, color = THINGS[plan.drawn]
     radius = random.uniform(0.2, 0.35) * SIZE
     x, y = random.uniform(radius, SIZE - radius, size=2).tolist()
-    shade = np.clip(np.array(PAINTS[color]) + random.integers(-20, 21, size=3), 0, 255)
-    PENS[shape](ImageDraw.Draw(image), x, y, radius, tuple(shade.tolist()))
+    shade = np.clip(
+        np.array(PAINTS[THINGS[plan.drawn][1]]) + random.integers(-20, 21, size=3), 0, 255
+    )
+    PENS[plan.shape](ImageDraw.Draw(image), x, y, radius, tuple(shade.tolist()))
     return image
 
 
@@ -157,22 +173,10 @@ def build_related_posts(
         counts: split -> posts; None is ``COUNTS``.
         seed: seed of the random numbers.
     """
-    folder = folder / "related"
-    (folder / "pictures").mkdir(parents=True)
-    for part, (split, count) in enumerate((COUNTS if counts is None else counts).items()):
-        rows = []
-        for number, plan in enumerate(plan_related_posts(count=count, seed=seed, name=split)):
-            name = f"pictures/{split}-{number:05d}.png"
-            draw_related_image(plan, seed=[seed, part, number]).save(folder / name)
-            yes_or_no = ("no", "yes")
-            rows.append(
-                {
-                    "text": plan.text,
-                    "image": name,
-                    "sentiment": plan.sentiment,
-                    "relation": plan.relation,
-                    "text_shown": yes_or_no[plan.shown],
-                    "image_adds": yes_or_no[plan.adds],
-                }
-            )
-        write_json_lines(folder / f"{split}.jsonl", rows)
+    write_drawn(
+        folder / "related",
+        COUNTS if counts is None else counts,
+        plan=partial(plan_related_posts, seed=seed),
+        draw=draw_related_image,
+        seed=seed,
+    )

@@ -10,8 +10,10 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -258,15 +260,40 @@ def build_drawn_posts(
         counts: split -> posts; None is ``COUNTS``.
         seed: seed of the random numbers.
     """
-    folder = folder / "drawn"
+    write_drawn(
+        folder / "drawn",
+        COUNTS if counts is None else counts,
+        plan=partial(plan_posts, seed=seed),
+        draw=draw_image,
+        seed=seed,
+    )
+
+
+def write_drawn(
+    folder: Path,
+    counts: Mapping[str, int],
+    *,
+    plan: Callable[..., Sequence[Any]],
+    draw: Callable[..., Image.Image],
+    seed: int,
+) -> None:
+    """Write ``<split>.jsonl`` and ``pictures/<split>-<number>.png``.
+
+    Args:
+        folder: is created.
+        counts: split -> posts.
+        plan: (count, name of the split) -> posts with ``text``, ``labels()`` and, if there is none, ``shape`` None.
+        draw: (post, seed) -> its image.
+        seed: seed of the images.
+    """
     (folder / "pictures").mkdir(parents=True)
-    for part, (split, count) in enumerate((COUNTS if counts is None else counts).items()):
+    for part, (split, count) in enumerate(counts.items()):
         rows = []
-        for number, plan in enumerate(plan_posts(count=count, seed=seed, name=split)):
-            name = f"pictures/{split}-{number:05d}.png" if plan.shape is not None else None
+        for number, post in enumerate(plan(count=count, name=split)):
+            name = f"pictures/{split}-{number:05d}.png" if post.shape is not None else None
             if name is not None:
-                draw_image(plan, seed=[seed, part, number]).save(folder / name)
-            rows.append({"text": plan.text, "image": name, **plan.labels()})
+                draw(post, seed=[seed, part, number]).save(folder / name)
+            rows.append({"text": post.text, "image": name, **post.labels()})
         write_json_lines(folder / f"{split}.jsonl", rows)
 
 

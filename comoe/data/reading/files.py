@@ -244,7 +244,8 @@ def csv_rows(
     Cells that the column ``defused`` names lose the apostrophes that keep spreadsheets from running them.
 
     Raises:
-        ValueError: the line that names the columns is missing or damaged, or names one twice.
+        ValueError: the line that names the columns is missing or damaged, or names one twice,
+            or the cells are separated by another character.
     """
     lines = numbered_lines(pieces, file)
     header: list[str] | None = None
@@ -259,6 +260,12 @@ def csv_rows(
             yield first, BadRow(file, first, raw[0][1], rule)
         elif header is None:
             header = [name.strip() for name in cells]
+            other = next((mark for mark in ";\t" if len(header) == 1 and mark in header[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"{file}:{first}: its columns are separated by {json.dumps(other)} and not by "
+                    f"{json.dumps(delimiter)}; save it with commas, or with tabs as .tsv."
+                )
             met.columns.update(dict.fromkeys(header))
             if len(met.columns) < len(header):
                 names = ", ".join(header)

@@ -286,6 +286,19 @@ def test_two_columns_of_one_name_and_a_damaged_first_line_stop(tmp_path: Path) -
         load_corpus(recipe)
 
 
+def test_another_separator_is_told(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, mood=TaskConfig(path="posts.csv"))
+    (tmp_path / "posts.csv").write_text("text;label\na, b;bad\n")
+    with pytest.raises(
+        ValueError, match='posts.csv:1: its columns are separated by ";" and not by ","'
+    ):
+        load_corpus(recipe)
+    recipe = recipe_of(tmp_path, mood=TaskConfig(path="posts.tsv"))
+    (tmp_path / "posts.tsv").write_text("text;label\na;bad\n")
+    with pytest.raises(ValueError, match=r'separated by ";" and not by "\\t"'):
+        load_corpus(recipe)
+
+
 def test_a_file_that_is_no_parquet_stops(tmp_path: Path) -> None:
     (tmp_path / "posts.parquet").write_text("not parquet")
     with pytest.raises(ValueError, match="posts.parquet cannot be read as Parquet"):
