@@ -529,14 +529,14 @@ class DataConfig:
     hide: Literal["none", "text", "image"] = "none"
     """none, or what the model is not to see of the posts: text or image. For measuring what one
     side alone can tell."""
-    noise: Annotated[list[Literal["typos", "no_hashtags", "no_emoji"]], DIFFERENT] = field(
-        default_factory=list
+    noise: Annotated[list[Literal["typos", "informal", "no_hashtags", "no_emoji"]], DIFFERENT] = (
+        field(default_factory=list)
     )
     """At the end of the run
     the validation posts, and the test posts where they have labels, are scored once more under
-    each."""
-    noise_rate: Fraction = option(0.1, read_when="data.noise = typos")
-    """Share of the words that get a typo under ``noise: [typos]``."""
+    each. informal: short forms (u, gr8, thx), no apostrophes, letters drawn out (sooo)."""
+    noise_rate: Fraction = option(0.1, read_when="data.noise = typos or informal")
+    """Share of the words that get a typo (``typos``), or a letter drawn out (``informal``)."""
     cache: Flag = True
     """Keep tokenized posts, and which images are good, on disk and use them again."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)

@@ -35,6 +35,12 @@ _NOT_TYPED = re.compile(r"[@#\uff20\uff03]|https?://|www\.")
 _LETTERS = re.compile(r"[A-Za-z\u00c0-\u024f]{3,}")
 
 
+_SPOKEN = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['\u2019][A-Za-z\u00c0-\u024f]+)*")
+
+
+_VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
+
+
 _HASHTAG = re.compile(r"(?<!\w)[#\uff03]\w+")
 
 
@@ -60,7 +66,7 @@ def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
     Args:
         posts: a split.
         name: key of ``NOISES``.
-        rate: share of the words that get a typo, 0 to 1.
+        rate: share of the words that get a typo, or a letter drawn out, 0 to 1.
         seed: any non-negative int.
     """
     in_text, in_word = NOISES[name]
@@ -123,6 +129,31 @@ def typo_in_word(word: str, rate: float, rng: np.random.Generator) -> str:
     return slip(word, min(at, last - 1), side)
 
 
+def informal_text(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Every word as ``informal_word`` writes it; links, users and hashtags stay."""
+    return _WORD.sub(lambda match: informal_word(match[0], rate, rng), text)
+
+
+def informal_word(word: str, rate: float, rng: np.random.Generator) -> str:
+    """The short form of a common word (``SHORT_FORMS``); else no apostrophes and, with probability ``rate``, a letter
+    drawn out: its last vowel two to four times more, or the last letter of a word that ends in one.
+    """
+    # Drawn for every word, as typos are.
+    drawn, times = rng.random(2)
+    letters = None if _NOT_TYPED.match(word) else _SPOKEN.search(word)
+    if letters is None:
+        return word
+    spoken = letters[0].replace("\u2019", "'")
+    if short := SHORT_FORMS.get(spoken.lower()):
+        told = short.upper() if len(spoken) > 1 and spoken.isupper() else short
+    else:
+        told = spoken.replace("'", "")
+        if drawn < rate and (vowels := list(_VOWEL.finditer(told))):
+            last = vowels[-1].end()
+            told = told[:last] + told[last - 1] * (2 + int(times * 3)) + told[last:]
+    return word[: letters.start()] + told + word[letters.end() :]
+
+
 def without_hashtags(text: str, rate: float, rng: np.random.Generator) -> str:
     """Hashtags and Chinese topics (``#...#``) dropped."""
     return _HASHTAG.sub("", without_topics(text))
@@ -167,11 +198,28 @@ SLIPS: tuple[Callable[[str, int, float], str], ...] = (_swapped, _lost, _doubled
 """(word, place of a letter, number in [0, 1)) -> the word with a slip there."""
 
 
+SHORT_FORMS: dict[str, str] = dict(
+    pair.split("=")
+    for pair in (
+        "you=u your=ur you're=ur are=r be=b see=c why=y for=4 to=2 too=2 and=n "
+        "because=cuz before=b4 great=gr8 late=l8 later=l8r mate=m8 wait=w8 hate=h8 "
+        "please=pls thanks=thx thank=thx people=ppl about=abt with=w without=w/o "
+        "tomorrow=tmrw tonight=2nite today=2day right=rt really=rly though=tho "
+        "through=thru enough=enuf love=luv okay=ok know=kno what=wat that=dat "
+        "the=da them=dem going=goin getting=gettin have=hav nothing=nothin "
+        "something=smth someone=sum1 everyone=every1 message=msg minutes=mins "
+        "probably=prob definitely=def seriously=srsly obviously=obv favorite=fav"
+    ).split()
+)
+"""Word -> how it is written in haste."""
+
+
 _Noise = Callable[[str, float, np.random.Generator], str]
 
 
 NOISES: dict[str, tuple[_Noise, _Noise]] = {
     "typos": (typos_in_text, typo_in_word),
+    "informal": (informal_text, informal_word),
     "no_hashtags": (without_hashtags, without_hash_sign),
     "no_emoji": (without_emoji, without_emoji),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -61,6 +62,24 @@ def test_no_typos_at_rate_0() -> None:
     assert changed("typos", rate=0.0).texts == TEXTS
 
 
+def test_informal_posts_have_short_forms_and_letters_drawn_out() -> None:
+    posts = unlabelled_posts(
+        ["Thanks, I don\u2019t know why YOU'RE late! @to #for www.to.org/you 天气", "bad café, 42"],
+        tasks=[],
+    )
+    assert changed("informal", posts, rate=0.0).texts == [
+        "thx, I dont kno y UR l8! @to #for www.to.org/you 天气",
+        "bad café, 42",
+    ]
+    drawn = changed("informal", posts, rate=1.0).texts
+    assert re.fullmatch("thx, I{3,5} do{3,5}nt kno y UR l8! @to #for www.to.org/you 天气", drawn[0])
+    assert re.fullmatch("ba{3,5}d ca{3,5}fé, 42", drawn[1])
+    words = unlabelled_posts(["nice place " * 500], tasks=[])
+    long = [word for word in changed("informal", words, rate=0.3).texts[0].split()]
+    share = sum(word not in ("nice", "place") for word in long) / len(long)
+    assert share == pytest.approx(0.3, abs=0.05)
+
+
 def test_hashtags_and_emoji_are_dropped_and_no_post_becomes_empty() -> None:
     assert [text.split() for text in changed("no_hashtags").texts] == [
         [word for word in TEXTS[0].split() if word != "#sunny"], TEXTS[1].split(), ["#only"], ["😀"],
@@ -93,5 +112,6 @@ def test_a_post_as_words_keeps_its_words_and_everything_else(name: str) -> None:
         "no_hashtags": ["sunny", "😀"],
         "no_emoji": ["#sunny", ""],
         "typos": ["#sunny", "😀"],
+        "informal": ["#sunny", "😀"],
     }
     assert [made.words[0][2], made.words[0][4]] == expected[name]
