@@ -103,7 +103,8 @@ def _report(options) -> str:
         write_json(options.json, report)
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    return f"{report['posts']:,} posts, {len(report['tasks'])} tasks: {output}"
+    tasks = len(report["tasks"])
+    return f"{report['posts']:,} posts, {tasks} task{'' if tasks == 1 else 's'}: {output}"
 
 
 def _check_model(options) -> None:
