@@ -776,6 +776,14 @@ class TrainConfig:
     """Decay of a moving average of the weights over the steps, which evaluations, the choice of the
     best checkpoint, and exports use: 0.99 looks back on about 100 steps (the mean of all steps
     until there are so many). 0 is off."""
+    reptile_steps: CountFrom0 = 0
+    """Meta-learning by Reptile (arXiv:1803.02999): in each inner loop of so many steps all posts are
+    of one data set, then the weights go back to a point between where the loop began and where it
+    ended. For a run whose export new tasks with few labels start from (``model.start_from``).
+    Evaluations, checkpoints and the export have the weights between loops. 0 is off."""
+    reptile_rate: PositiveShare = option(1.0, read_when="train.reptile_steps > 0")
+    """Share of the way that the weights go after the first inner loop; it falls linearly to 0 over
+    the loops of the run."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """linear, cosine, or constant, after the warm-up."""
     warmup_fraction: Share = 0.06

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 
 from comoe.config.errors import nearest, place_of, unknown_name
 from comoe.config.fields import Table, template_fields
@@ -28,6 +29,8 @@ BY_ADAPTERS = ("lora",)
 BUILT_IN_LOSSES = Table("comoe.losses.objective", "BUILT_IN")
 BY_TEMPERATURE = ("temperature", "progress")
 """Mixings that read ``data.mixing_temperature``."""
+BY_PROGRESS = ("progress",)
+"""Mixings whose rates change at evaluations."""
 Broken = Iterator[tuple[str, str]]
 """Of the rules that a recipe breaks: key path, and the rest of a sentence."""
 
@@ -312,6 +315,37 @@ def _mixing(recipe: Recipe) -> Broken:
         yield "data.mixing_temperature", f"({temperature}) must be at least 1: {why} to uniform."
 
 
+def _reptile(recipe: Recipe) -> Broken:
+    train, loss, steps = recipe.train, recipe.loss, recipe.train.reptile_steps
+    if not steps:
+        return
+    if train.max_steps and train.max_steps % steps:
+        rule = (
+            f"is {train.max_steps}, which cuts an inner loop of train.reptile_steps ({steps}) short"
+        )
+        more = -(-train.max_steps // steps) * steps
+        yield "train.max_steps", f"{rule}; take a multiple of {steps}, such as {more}."
+    together = "which compares data sets within a step, and each step has one of them"
+    by_task = loss.adversarial.weight and loss.adversarial.predict == "task"
+    wrong = {
+        "train.average_weights": (train.average_weights, "which chooses the weights to export too"),
+        "data.mixing": (recipe.data.mixing in BY_PROGRESS, "whose rates change within their turns"),
+        "loss.weighting": (loss.weighting in BY_GRADIENTS, together),
+        "loss.task_separation_weight": (loss.task_separation_weight, together),
+        "loss.adversarial.weight": (by_task, f"{together} (loss.adversarial.predict: task)"),
+        "loss.contrastive.first_steps": (
+            loss.contrastive.first_steps,
+            "a stage in which no task is learned",
+        ),
+    }
+    for key, (broken, why) in wrong.items():
+        if broken:
+            *path, name = key.split(".")
+            value = getattr(reduce(getattr, path, recipe), name)
+            rule = f"is {value}, {why}, and does not go with train.reptile_steps ({steps})"
+            yield key, f"{rule}; leave one of them out."
+
+
 def _early_stop(recipe: Recipe) -> Broken:
     key, metric, tasks = "train.early_stop_metric", recipe.train.early_stop_metric, recipe.tasks
     soft = recipe.distill.teachers or any(task.soft_label for task in tasks.values())
@@ -387,6 +421,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _added_losses,
     _fractions,
     _mixing,
+    _reptile,
     _early_stop,
     _distillation,
 )

@@ -268,8 +268,8 @@ class RunSize:
     """ZeRO stage."""
     bf16: bool = False
     """Bfloat16 weights and activations with float32 masters; else float32."""
-    averaged: bool = False
-    """A moving average of the weights is kept, in float32."""
+    beside: bool = False
+    """Other weights are kept beside those that train, in float32: an average, or Reptile's."""
     optimizer: str = "adamw"
     """Key of ``MOMENTS``."""
     momentum: float = 0.0
@@ -334,12 +334,12 @@ def plan_memory(
     share = math.ceil((size.dense + size.experts) / size.world_size)
     trained, offload = size.trained_share, size.offload
     held = share if size.stage == 3 else whole
-    average = FULL * max(0, held - size.frozen) * size.averaged
+    beside = FULL * max(0, held - size.frozen) * size.beside
     moments = FULL * MOMENTS[size.optimizer](size.momentum) * trained
     gathered = number * size.gathered_elements if size.stage == 3 else 0
     parts = (
         MemoryPart("weights", number * held),
-        *([MemoryPart("average of the weights (float32)", average)] if average else []),
+        *([MemoryPart("weights beside those that train (float32)", beside)] if beside else []),
         _part("gradients", size.gradient_bytes(), on_host=offload and size.stage > 1),
         _part("master copy (float32)", FULL * trained, on_host=offload),
         _part(f"moments of {size.optimizer}", moments, on_host=offload),
@@ -469,7 +469,7 @@ def plan_run(
         ep_size=layout.ep_size,
         stage=layout.stage,
         bf16=layout.bf16,
-        averaged=recipe.train.average_weights > 0,
+        beside=recipe.train.average_weights > 0 or recipe.train.reptile_steps > 0,
         optimizer=recipe.train.optimizer,
         momentum=recipe.train.momentum,
         offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",

@@ -102,6 +102,14 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
             yield _in_vain(f"tasks.{name}.kind", task.kind, only)
 
 
+def _reptile(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.reptile_steps and train.optimizer == "adamw" and train.betas[0]:
+        why = "the first steps of an inner loop still go where the last data set went"
+        remedy = f"take [0.0, {train.betas[1]}] (arXiv:1803.02999)"
+        yield f"train.betas is {train.betas} with train.reptile_steps; {why}: {remedy}."
+
+
 def _states(recipe: Recipe) -> Iterator[str]:
     """What heads read, and what they pool."""
     model, modes = recipe.model, [KINDS[task.kind].mode for task in recipe.tasks.values()]
@@ -215,6 +223,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _unread,
     _experts,
     _tasks,
+    _reptile,
     _states,
     _images,
     _image_text,

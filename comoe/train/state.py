@@ -148,7 +148,10 @@ def norm_limit(config: TrainConfig, norms: Sequence[float]) -> float:
 
 def total_steps(config: TrainConfig, *, steps_per_epoch: int) -> int:
     """Optimizer steps of a whole run."""
-    return config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    # An inner loop that is cut short would be lost.
+    loop = config.reptile_steps or 1
+    return -(-steps // loop) * loop
 
 
 def rate_factor(step: int, *, total: int, config: TrainConfig, first: int = 0) -> float:
@@ -167,6 +170,19 @@ def rate_factor(step: int, *, total: int, config: TrainConfig, first: int = 0) -
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return SCHEDULES[config.schedule](min(1.0, progress))
+
+
+def outer_rate(steps: int, *, total: int, config: TrainConfig) -> float:
+    """Reptile's outer step size after so many steps of ``total``; 0 inside of an inner loop.
+
+    After loop i (from 0) of n it is ``reptile_rate`` (1 - i / n).
+
+    Source: arXiv:1803.02999 and its code, whose outer step is annealed linearly to 0.
+    """
+    loop = config.reptile_steps
+    if not loop or steps % loop:
+        return 0.0
+    return config.reptile_rate * (1 - (steps - loop) / total)
 
 
 SCHEDULES = {

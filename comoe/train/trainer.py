@@ -39,7 +39,14 @@ from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_images
 from comoe.train.parallel.engine import StepReport
-from comoe.train.state import ALL_STEPS, TrainingStopped, diverged_losses, norm_limit, rate_factor
+from comoe.train.state import (
+    ALL_STEPS,
+    TrainingStopped,
+    diverged_losses,
+    norm_limit,
+    outer_rate,
+    rate_factor,
+)
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
 
@@ -212,6 +219,9 @@ class Trainer:
                 f"{run.recipe.train.batch_size} stays the same), or a smaller data.max_length."
             ) from error
         state.step += 1
+        # Also after a skipped step: the loop ends where it is.
+        if outer := outer_rate(state.step, total=run.total_steps, config=run.recipe.train):
+            run.engine.outer.move(outer)
         # Waiting for posts and for slower ranks counts as training.
         state.seconds += time.perf_counter() - began
         # Numbers of the log stay on the device until a line is due.

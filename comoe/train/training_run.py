@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comoe.config.recipe import Recipe
 from comoe.data.collator import Collator
 from comoe.data.report import DataReport
@@ -74,6 +76,13 @@ class TrainingRun:
     def first_steps(self) -> int:
         """Steps at the start that learn from the contrastive loss alone."""
         return self.recipe.loss.contrastive.first_steps
+
+    @property
+    def untrained(self) -> list[str]:
+        """Data sets whose first turn under ``train.reptile_steps`` comes after the last step."""
+        names = self.splits["train"].posts.group_names
+        groups = np.unique(self.splits["train"].groups)
+        return [names[groups[number]] for number in self.sampler.without_turn(self.total_steps)]
 
     @property
     def eval_every(self) -> int:

@@ -40,6 +40,7 @@ ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/hub.py", "comoe/pred
 
 LONG_FILES = {
     "comoe/config/recipe.py": "every option of a recipe, in the order of the YAML file",
+    "comoe/config/validate.py": "every rule that binds several options, one function for each section",
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
     "comoe/models/encoders/families.py": "the table of model families, and what is read off it",
     "comoe/train/monitor/monitor.py": "what a run shows: one method for each thing that is logged",

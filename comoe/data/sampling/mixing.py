@@ -101,6 +101,17 @@ def loss_gains(
     return np.where(counts_G > 0, sums_G / np.maximum(counts_G, 1), np.nan)
 
 
+def next_turn(rates_G: np.ndarray, turns_G: np.ndarray, first_G: np.ndarray) -> int:
+    """The data set whose turn it is, where one has each turn: the one that is furthest behind its rate.
+
+    Args:
+        rates_G: share of the turns per data set, summing to 1.
+        turns_G: turns that each has had.
+        first_G: numbers in [0, 1) that decide the order, which turns alone would leave to the names.
+    """
+    return int(np.argmax(rates_G * (turns_G.sum() + 1) - turns_G + first_G))
+
+
 def draws_per_epoch(rates_G: np.ndarray, *, total: int) -> np.ndarray:
     """Whole draws per data set that sum to ``total``, by largest remainder; int64, shape (G,)."""
     exact = rates_G * total

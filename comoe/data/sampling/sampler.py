@@ -22,6 +22,7 @@ from comoe.data.sampling.mixing import (
     draws_per_epoch,
     joint_label_shares,
     label_shares,
+    next_turn,
 )
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.tasks.task import Task
@@ -29,7 +30,6 @@ from comoe.tasks.task import Task
 POOL_BATCHES = 50
 """Batches whose posts are sorted by length together: large enough for little padding, small enough
 to stay random."""
-
 
 LENGTH_NOISE = 0.1
 """Lengths are scaled by up to this much before sorting, so that posts do not meet the same
@@ -58,6 +58,8 @@ class SamplerConfig:
     """Any non-negative int."""
     posts_per_label: int = 0
     """Fewest posts of a label in each batch, where the data and the batch allow it."""
+    inner_steps: int = 0
+    """Steps in a row whose posts are of one data set; 0 mixes them in each step."""
 
 
 class TrainSampler:
@@ -72,6 +74,9 @@ class TrainSampler:
     Within a data set with ``classes`` each label is a stream of its own, with the same share of the
     draws. Under ``mixing: progress`` the rates change at evaluations (``change``): draws are laid
     out for the steps from one evaluation to the next, and the streams go on where they were.
+
+    With ``inner_steps`` the data sets take turns of so many steps, as often as their rates say. A
+    turn goes on where the last one of its data set ended; passes over two of them end apart.
 
     Args:
         lengths: tokens per post, int, shape (N,).
@@ -117,10 +122,23 @@ class TrainSampler:
         self._sizes = np.full(parts, len(lengths) // parts) + (
             np.arange(parts) < len(lengths) % parts
         )
-        self._stretch_steps = self.steps_per_epoch
+        self._inner_steps = config.inner_steps
+        self._stretch_steps = config.inner_steps or self.steps_per_epoch
+        self._turns: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._had_G = np.zeros(len(self._members), dtype=np.int64)
+        self._first_G = np.random.default_rng([config.seed, 6]).random(len(self._members))
         self._history: list[Mapping[str, Any]] = []
         self._laid_out: tuple[range, list[np.ndarray]] | None = None
-        self._quota = LabelQuota(label_members, config.posts_per_label, seed=config.seed)
+        labels_of = [label_members]
+        if config.inner_steps:
+            # Of a turn's posts none may come of another data set.
+            labels_of = [
+                [label for label in label_members if (groups[label] == group).all()]
+                for group in np.unique(groups)
+            ]
+        self._quotas = [
+            LabelQuota(labels, config.posts_per_label, seed=config.seed) for labels in labels_of
+        ]
 
     def global_batch(self, step: int) -> np.ndarray:
         """Posts of optimizer step ``step`` (from 0) on all ranks together: int64 indices, sorted by length."""
@@ -143,6 +161,11 @@ class TrainSampler:
             ranks = np.where(turns % 2 == 0, seats, self.world_size - 1 - seats)
             mine.append(micro[ranks == rank])
         return mine
+
+    def without_turn(self, steps: int) -> list[int]:
+        """With ``inner_steps`` the data sets, by their numbers, that no post of the first so many steps is of."""
+        had = {self._turn(step)[0] for step in range(0, steps, self._inner_steps or steps + 1)}
+        return [group for group in range(len(self._members)) if group not in had]
 
     def follow(self, history: Sequence[Mapping[str, Any]], *, every: int) -> None:
         """Take over a history of rates.
@@ -175,13 +198,35 @@ class TrainSampler:
             steps = range(start, min([start + self._stretch_steps, *changes]))
             self._laid_out = (steps, self._batches(start, rates_S, drawn_S))
         steps, batches = self._laid_out
-        return self._quota.fill(batches[step - steps.start], step)
+        quota = self._quotas[self._turn(step)[0] if len(self._quotas) > 1 else 0]
+        return quota.fill(batches[step - steps.start], step)
+
+    def _turn(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Of the turn that a step lies in: its data set, the streams' rates, and their draws before it."""
+        while len(self._turns) <= step // self._inner_steps:
+            drawn_S = np.zeros(len(self._streams), dtype=np.int64)
+            if self._turns:
+                _, rates_S, before_S = self._turns[-1]
+                start = (len(self._turns) - 1) * self._inner_steps
+                drawn_S = before_S + self._counts(start, rates_S)
+            group = next_turn(self.rates_G, self._had_G, self._first_G)
+            self._had_G[group] += 1
+            alone_S = self._rates(np.eye(len(self.rates_G))[group])
+            self._turns.append((group, alone_S, drawn_S))
+        return self._turns[step // self._inner_steps]
+
+    def _rates(self, rates_G: np.ndarray) -> np.ndarray:
+        """Share of the draws per stream."""
+        return np.array([rates_G[stream.group] * stream.share for stream in self._streams])
 
     def _stretch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Of the stretch that a step lies in: its first step, the streams' rates, and their draws before it."""
+        if self._inner_steps:
+            _, rates_S, drawn_S = self._turn(step)
+            return step // self._inner_steps * self._inner_steps, rates_S, drawn_S
         entry = next((entry for entry in reversed(self._history) if entry["step"] <= step), None)
         rates_G = self.rates_G if entry is None else np.array(entry["rates"])
-        rates_S = np.array([rates_G[stream.group] * stream.share for stream in self._streams])
+        rates_S = self._rates(rates_G)
         drawn_S = np.array([0] * len(rates_S) if entry is None else entry["drawn"], dtype=np.int64)
         start = 0 if entry is None else entry["step"]
         passed = (step - start) // self._stretch_steps
@@ -195,9 +240,12 @@ class TrainSampler:
     def _counts(self, start: int, rates_S: np.ndarray) -> np.ndarray:
         """Draws of each stream in the stretch that begins with a step."""
         total = int(self._step_sizes(start).sum())
-        if not self.follows_progress:
+        if not self.follows_progress and not self._inner_steps:
             return draws_per_epoch(rates_S, total=total)
-        return draws_in_stretch(rates_S, total=total, seed=[self._seed, 5, start])
+        drawn_S, mine_S = np.zeros(len(rates_S), dtype=np.int64), rates_S > 0
+        seed = [self._seed, 5, start]
+        drawn_S[mine_S] = draws_in_stretch(rates_S[mine_S], total=total, seed=seed)
+        return drawn_S
 
     def _step_sizes(self, start: int) -> np.ndarray:
         """Posts of each step of the stretch that begins with a step."""
@@ -212,11 +260,13 @@ class TrainSampler:
         for stream, before, count in zip(
             self._streams, drawn_S, self._counts(start, rates_S), strict=True
         ):
+            if not count:
+                continue
             draws.append(stream.draws(self._seed, start=int(before), count=int(count)))
             jitter = np.random.default_rng([self._seed, 1, turn, *stream.key]).random(count)
             # Evenly spread draws put every data set into nearly every batch and keep repeats of a
             # post far apart.
-            keys.append((np.arange(count) + jitter) / max(count, 1))
+            keys.append((np.arange(count) + jitter) / count)
         order = np.concatenate(draws)[np.argsort(np.concatenate(keys), kind="stable")]
         rng = np.random.default_rng([self._seed, 2, turn])
         ends = np.cumsum(self._step_sizes(start))
@@ -263,7 +313,7 @@ class _Stream:
     def draws(self, seed: int, *, start: int, count: int) -> np.ndarray:
         """Draws ``start`` to ``start + count``."""
         size = len(self.members)
-        first, last = start // size, (start + max(count, 1) - 1) // size
+        first, last = start // size, (start + count - 1) // size
         passes = [
             self.members[np.random.default_rng([seed, 0, *self.key, number]).permutation(size)]
             for number in range(first, last + 1)
@@ -343,6 +393,7 @@ def sampler_of(
         temperature=recipe.data.mixing_temperature,
         seed=recipe.train.seed,
         posts_per_label=recipe.data.posts_per_label,
+        inner_steps=recipe.train.reptile_steps,
     )
     members = label_members(train.posts, tasks) if config.posts_per_label else ()
     classes = balanced_classes(train.posts, tasks, recipe.tasks)

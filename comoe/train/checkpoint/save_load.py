@@ -2,7 +2,7 @@
 
 ``<run>/checkpoints/step-00000120/`` holds ``deepspeed/`` (weights and moments as DeepSpeed shards
 them), ``weights/model.safetensors`` (plain names, float32: what exports are made of, with
-``train.average_weights`` the averages),
+``train.average_weights`` the averages, with ``train.reptile_steps`` those where the inner loop began),
 ``carried.safetensors`` (what the losses remember), ``random-<rank>.pt``, ``state.json`` and
 ``manifest.json``. ``best.json`` names the best step.
 """
@@ -173,9 +173,9 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
             f"{path}: DeepSpeed could not load it; remove the folder to use the one before."
         )
     engine.restore_groups()
-    if engine.average is not None:
+    if engine.beside is not None:
         with safe_open(path / "weights/model.safetensors", "pt") as file:
-            engine.average.load(file.get_tensor)
+            engine.beside.load(file.get_tensor)
     carried = load_file(path / CARRIED) if (path / CARRIED).is_file() else {}
     for name, buffer in engine.objective.named_buffers():
         if name in carried:

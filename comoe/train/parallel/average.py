@@ -1,4 +1,4 @@
-"""A moving average of the weights: beside them, in their place for evaluation, saved whole."""
+"""Weights beside those that train (a moving average; Reptile's): in their place for evaluation, saved whole."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor, nn
 
 from comoe.train.parallel.setup import gather_full_state, local_shares
 
 
-class WeightAverage:
-    """The exponential moving average of the trained weights of a model, this rank's part of it, float32.
+class WeightsBeside:
+    """Values beside the trained weights of a model, at first the same, this rank's part of them, float32.
 
-    After step t (from 0) it moves by 1 - min(decay, t / (t + 1)) towards the weights: it is their
-    mean over all steps at first, and what the model began with counts for nothing. The same on any
-    layout: at ZeRO 1 and 2 a rank averages what it computes with, at ZeRO 3 its shares.
+    Evaluations, ``weights/model.safetensors`` of a checkpoint and the export have them. At ZeRO 1
+    and 2 a rank has all that it computes with, at ZeRO 3 its shares.
 
     Args:
         deepspeed_engine: its module is an ``Objective``.
-        decay: ``train.average_weights``.
-
-    Source: Polyak & Juditsky 1992; the growing decay of Mean Teacher, arXiv:1703.01780.
     """
 
-    def __init__(self, deepspeed_engine: Any, decay: float) -> None:
+    def __init__(self, deepspeed_engine: Any) -> None:
         self.deepspeed = deepspeed_engine
-        self.decay = decay
         self._weights = {
             name: weight
             for name, weight in deepspeed_engine.module.model.named_parameters()
@@ -36,20 +37,13 @@ class WeightAverage:
         }
         self.values = {name: _own(weight).float().clone() for name, weight in self._weights.items()}
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After an optimizer step, numbered from 0, that has changed the weights."""
-        share = 1 - min(self.decay, step / (step + 1))
-        for name, weight in self._weights.items():
-            self.values[name].lerp_(_own(weight).float(), share)
-
     def full_state(self) -> dict[str, Tensor]:
-        """``gather_full_state`` with the averages in the place of the weights."""
+        """``gather_full_state`` with the values in the place of the weights."""
         return gather_full_state(self.deepspeed, self.values)
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Tensor]) -> None:
-        """Take the averages from what ``full_state`` gave, on whatever layout.
+        """Take the values from what ``full_state`` gave, on whatever layout.
 
         Args:
             read: plain name of a weight -> the weight, whole.
@@ -59,7 +53,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model computes with the averages; afterwards its weights are what they were, to the bit."""
+        """Inside, the model computes with the values; afterwards its weights are what they were, to the bit."""
         kept = {name: _own(weight).clone() for name, weight in self._weights.items()}
         self._set(self.values)
         try:
@@ -75,6 +69,57 @@ class WeightAverage:
                 # it again.
                 weight.partition()
             _own(weight).copy_(values[name])
+
+
+class WeightAverage(WeightsBeside):
+    """The exponential moving average of the weights.
+
+    After step t (from 0) it moves by 1 - min(decay, t / (t + 1)) towards the weights: it is their
+    mean over all steps at first, and what the model began with counts for nothing.
+
+    Args:
+        deepspeed_engine: its module is an ``Objective``.
+        decay: ``train.average_weights``.
+
+    Source: Polyak & Juditsky 1992; the growing decay of Mean Teacher, arXiv:1703.01780.
+    """
+
+    def __init__(self, deepspeed_engine: Any, decay: float) -> None:
+        super().__init__(deepspeed_engine)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After an optimizer step, numbered from 0, that has changed the weights."""
+        share = 1 - min(self.decay, step / (step + 1))
+        for name, weight in self._weights.items():
+            self.values[name].lerp_(_own(weight).float(), share)
+
+
+class OuterWeights(WeightsBeside):
+    """The weights W of Reptile, where an inner loop began, while the model's go on to W'.
+
+    Source: Nichol, Achiam & Schulman 2018, arXiv:1803.02999, algorithm 1.
+    """
+
+    @torch.no_grad()
+    def move(self, rate: float) -> None:
+        """After an inner loop: W becomes W + rate (W' - W), and the next loop begins there. Every rank must call it.
+
+        Elementwise, so that any part of a weight is moved alone. The optimizer's moments stay.
+        """
+        for name, weight in self._weights.items():
+            split = hasattr(weight, "ds_id")
+            read, write = (
+                (safe_get_local_fp32_param, safe_set_local_fp32_param)
+                if split
+                else (safe_get_full_fp32_param, safe_set_full_fp32_param)
+            )
+            # In bf16 the model's weights are rounded, and most of a small step is lost in them.
+            ended = _own(weight) if weight.dtype == torch.float32 else read(weight)
+            self.values[name].lerp_(ended.view_as(self.values[name]), rate)
+            write(weight, self.values[name])
+        self._set(self.values)
 
 
 def _own(weight: nn.Parameter) -> Tensor:

@@ -15,7 +15,7 @@ from comoe.distributed import sum_over_ranks
 from comoe.losses.contrastive.gradcache import Cached, targets_of
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks
 from comoe.models.moe.gate import BALANCES, balanced_together
-from comoe.train.parallel.average import WeightAverage
+from comoe.train.parallel.average import OuterWeights, WeightAverage, WeightsBeside
 from comoe.train.parallel.setup import gather_full_state
 from comoe.types import Batch, ModelOutput, StepOutput
 
@@ -54,21 +54,27 @@ class Engine:
         self._rate_factor = 1.0
         decay = recipe.train.average_weights
         self.average = WeightAverage(deepspeed_engine, decay) if decay else None
+        self.outer = OuterWeights(deepspeed_engine) if recipe.train.reptile_steps else None
 
     @property
     def objective(self) -> Any:
         """The wrapped module; its experts are this rank's share."""
         return self.deepspeed.module
 
+    @property
+    def beside(self) -> WeightsBeside | None:
+        """What evaluations and exports have in the place of the weights that train: the average, Reptile's, or none."""
+        return self.average or self.outer
+
     def averaged(self) -> AbstractContextManager[None]:
-        """The context to evaluate in: with ``train.average_weights`` the model has the averaged weights."""
-        return nullcontext() if self.average is None else self.average.in_place()
+        """The context to evaluate in: the model has the weights ``beside``, where there are any."""
+        return nullcontext() if self.beside is None else self.beside.in_place()
 
     def full_state(self) -> dict[str, Tensor]:
         """``gather_full_state`` of the weights to evaluate and to export."""
-        if self.average is None:
+        if self.beside is None:
             return gather_full_state(self.deepspeed)
-        return self.average.full_state()
+        return self.beside.full_state()
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
         """Set every group's rate to its peak times ``factor``; returns role -> its highest rate."""

@@ -54,10 +54,10 @@ def test_stage_2_splits_the_gradients_and_stage_3_the_weights_too():
 
 
 def test_an_average_takes_four_bytes_of_each_trained_number_that_a_rank_computes_with():
-    name = "average of the weights"
+    name = "weights beside those that train"
     assert name not in device(plan())
-    assert device(plan(averaged=True, frozen=300))[name] == 4 * (1400 - 300)
-    assert device(plan(averaged=True, stage=3, bf16=True))[name] == 4 * 450
+    assert device(plan(beside=True, frozen=300))[name] == 4 * (1400 - 300)
+    assert device(plan(beside=True, stage=3, bf16=True))[name] == 4 * 450
 
 
 def test_bf16_halves_the_weights_and_nothing_that_must_be_exact():

@@ -30,6 +30,8 @@ def test_the_defaults_need_no_warning():
     [({"model": {"moe": {"gate": "uniform"}}}, "model.moe.gate is uniform, which ignores the tokens"),
      ({"model": {"dropout": 0.0}, "loss": {"r_drop_weight": 1.0}},
       "loss.r_drop_weight is 1.0, without effect: model.dropout is 0"),
+     ({"train": {"reptile_steps": 5}}, r"train.betas is .* with train.reptile_steps; .*: take \[0.0, 0.999\]"),
+     ({"train": {"reptile_rate": 0.5}}, "train.reptile_rate is 0.5, without effect: train.reptile_steps is 0"),
      ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
      ({"model": {"moe": {"task_embedding_width": 8}}},
       "task_embedding_width is 8, without effect: model.moe.route_by is token; task or both would read it"),

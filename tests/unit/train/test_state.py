@@ -7,7 +7,14 @@ import torch
 
 from comoe.config.recipe import TrainConfig
 from comoe.tasks.task import Task
-from comoe.train.state import TrainState, diverged, diverged_losses, rate_factor
+from comoe.train.state import (
+    TrainState,
+    diverged,
+    diverged_losses,
+    outer_rate,
+    rate_factor,
+    total_steps,
+)
 
 
 def factors(total: int, **options: float | str) -> list[float]:
@@ -49,6 +56,17 @@ def test_the_contrastive_stage_and_the_tasks_have_each_a_schedule_of_their_own()
     assert found == factors(5, schedule="linear", warmup_fraction=0.2) + factors(
         10, schedule="linear", warmup_fraction=0.2
     )
+
+
+def test_reptiles_rate_falls_linearly_over_the_inner_loops_and_none_is_cut_short():
+    config = TrainConfig(reptile_steps=3, reptile_rate=0.8, epochs=1.0)
+    assert total_steps(config, steps_per_epoch=10) == 12
+    rates = [outer_rate(steps, total=12, config=config) for steps in range(1, 13)]
+    assert rates == pytest.approx([0, 0, 0.8, 0, 0, 0.6, 0, 0, 0.4, 0, 0, 0.2])
+    each = [outer_rate(steps, total=4, config=TrainConfig(reptile_steps=1)) for steps in (1, 2, 4)]
+    assert each == pytest.approx([1.0, 0.75, 0.25])
+    assert outer_rate(3, total=12, config=TrainConfig()) == 0
+    assert total_steps(TrainConfig(epochs=1.0), steps_per_epoch=10) == 10
 
 
 def test_the_best_evaluation_is_remembered_with_its_step():

@@ -218,3 +218,69 @@ def test_draws_are_even_over_the_labels_of_two_tasks_at_once():
     drawn = np.concatenate([sampler.global_batch(step) for step in range(100)])
     assert np.bincount(classes[drawn, 0]) / len(drawn) == pytest.approx([0.5, 0.5], abs=0.01)
     assert np.bincount(classes[drawn, 1]) / len(drawn) == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def data_set_of(batch: np.ndarray) -> int:
+    """The one data set of ``make_sampler`` that all posts of a batch are of."""
+    (group,) = {*np.searchsorted([70, 90], batch, side="right").tolist()}
+    return group
+
+
+def test_the_steps_of_an_inner_loop_have_posts_of_one_data_set_as_often_as_the_mixing_says():
+    for mixing, rates in (("proportional", [70, 20, 7]), ("uniform", [1, 1, 1])):
+        sampler = make_sampler(inner_steps=3, mixing=mixing)
+        batches = [sampler.global_batch(step) for step in range(3 * 60)]
+        loops = np.array([data_set_of(batch) for batch in batches]).reshape(60, 3)
+        assert (loops == loops[:, :1]).all()
+        assert {len(batch) for batch in batches} == {10, 11}
+        had = np.cumsum(np.eye(3)[loops[:, 0]], axis=0)
+        due = np.arange(1, 61)[:, None] * np.array(rates) / sum(rates)
+        assert np.abs(had - due).max() < 2
+        # The order is the seed's.
+        other = make_sampler(inner_steps=3, mixing=mixing, seed=8)
+        assert [data_set_of(other.global_batch(3 * loop)) for loop in range(60)] != list(
+            loops[:, 0]
+        )
+
+
+def test_inner_loops_lose_no_post():
+    sampler = make_sampler(inner_steps=3, mixing="uniform")
+    seen: list[list[int]] = [[], [], []]
+    for batch in map(sampler.global_batch, range(3 * 60)):
+        seen[data_set_of(batch)].extend(batch.tolist())
+    for drawn, size in zip(seen, (70, 20, 7), strict=True):
+        counts = np.unique(drawn, return_counts=True)[1]
+        # Each of its posts, and none again before all others have come.
+        assert len(counts) == size and counts.max() - counts.min() <= 1
+
+
+def test_an_inner_loop_is_the_same_in_any_order_of_asking_and_on_any_number_of_ranks():
+    sequential = make_sampler(inner_steps=4)
+    in_order = [sequential.global_batch(step) for step in range(41)]
+    jumping, two = make_sampler(inner_steps=4), make_sampler(inner_steps=4, world_size=2)
+    for step in (0, 40, 3, 9, 8, 3, 0, 40):
+        assert np.array_equal(jumping.global_batch(step), in_order[step])
+        shares = [post for rank in (0, 1) for part in two.share(step, rank) for post in part]
+        assert sorted(shares) == sorted(in_order[step])
+
+
+def test_data_sets_without_an_inner_loop_are_known():
+    sampler = make_sampler(inner_steps=4)
+    groups = {data_set_of(sampler.global_batch(step)) for step in range(4)}
+    assert len(groups) == 1 and sampler.without_turn(4) == sorted({0, 1, 2} - groups)
+    assert sampler.without_turn(4 * 60) == []
+
+
+def test_inner_loops_balance_labels_and_fill_quotas_from_their_own_data_set():
+    groups, classes = np.repeat([0, 1], [90, 60]), np.full((150, 1), -1)
+    classes[:90, 0] = np.repeat([0, 1], [80, 10])
+    members = [np.arange(80), np.arange(80, 90), np.arange(90, 145), np.arange(145, 150)]
+    config = SamplerConfig(batch_size=10, posts_per_label=2, inner_steps=5)
+    sampler = TrainSampler(np.full(150, 5), groups, config, label_members=members, classes=classes)
+    drawn: list[list[np.ndarray]] = [[], []]
+    for batch in map(sampler.global_batch, range(200)):
+        (group,) = {*groups[batch].tolist()}
+        for label in members[2 * group : 2 * group + 2]:
+            assert np.isin(batch, label).sum() >= 2
+        drawn[group].append(batch)
+    assert np.mean(np.concatenate(drawn[0]) >= 80) == pytest.approx(0.5, abs=0.02)
