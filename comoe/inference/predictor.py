@@ -113,10 +113,9 @@ class Predictor(OnHub):
         found = find_export(folder, **hub)
         exported = load_exported(found, verify=verify, backend=backend, threads=threads, plain=True)
         if not any(task.rules.predicts for task in exported.tasks):
-            names = ", ".join(task.name for task in exported.tasks)
             raise ValueError(
-                f"{found} predicts nothing: its tasks ({names}) learn from plain posts alone; train "
-                f"tasks with labels from there, with model.start_from={found}."
+                f"{found} predicts nothing: its tasks learn from plain posts alone; train tasks with "
+                f"labels from there, with model.start_from={found}."
             )
         if backend == "torch":
             exported.model.to(place)

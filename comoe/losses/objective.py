@@ -22,7 +22,6 @@ from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_grad
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.router import build_gate
-from comoe.tasks.kinds.base import OWN_ROWS
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import (
     IGNORED,
@@ -397,7 +396,7 @@ class Objective(nn.Module):
         """
         found = []
         for number, task in enumerate(self.tasks, start=len(self.tasks)):
-            if task.mode in OWN_ROWS or not task.rules.scored:
+            if task.own_rows or not task.rules.scored:
                 found.append(batch.unit_scale_T.new_zeros(()).float())
                 continue
             targets, soft = batch.labels[task.name], batch.soft_labels.get(task.name)

@@ -101,6 +101,11 @@ class Task:
         return self.rules.mode
 
     @property
+    def own_rows(self) -> bool:
+        """True when no other task reads its rows of a batch."""
+        return self.mode in OWN_ROWS
+
+    @property
     def views(self) -> bool:
         """True when its positives in the contrastive loss are two dropout views of one post."""
         return not self.rules.num_keys(self.labels)
@@ -173,7 +178,7 @@ def masked_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
 
 def head_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
     """Number -> task, of those whose output a head gives of the post as it is."""
-    return {number: task for number, task in enumerate(tasks) if task.mode not in OWN_ROWS}
+    return {number: task for number, task in enumerate(tasks) if not task.own_rows}
 
 
 def kind_of(name: str) -> Kind:
