@@ -30,7 +30,8 @@ def test_a_run_of_hidden_words_is_where_a_run_of_tasks_starts(posts, home):
     tasks = ("mood", "topic", "strength", "aspects", "mentions", "stance")
     alone = [f"tasks.{name}=null" for name in tasks]
     steps = ("train.max_steps=4", "train.batch_size=48", "train.eval_every=2")
-    train_in_ranks(1, home, (*words_of(posts, "before"), *LEAN, *steps, *alone))
+    said = train_in_ranks(1, home, (*words_of(posts, "before"), *LEAN, *steps, *alone))
+    assert "model.start_from=" in said and "comoe predict" not in said
     before = posts / "before"
     for check in checks_of(before):
         (values,) = check["tasks"].values()

@@ -30,11 +30,15 @@ from comoe.data.collator import Collator
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric
 from comoe.evaluation.tables import format_results_table
+from comoe.inference.exported import load_exported
+from comoe.inference.onnx_export import check_exportable
 from comoe.inference.predictor import Predictor
 from comoe.losses.objective import count_units
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.heads import MaskedWordHead
 from comoe.tasks.task import build_task
+from comoe.train.memory_plan import plan_run
+from comoe.train.parallel.ds_config import fill_settings, plan_layout
 from comoe.train.start_from import start_from_export
 from comoe.types import IGNORED, Batch
 
@@ -247,6 +251,8 @@ def test_an_export_of_hidden_words_alone_is_where_another_run_starts(tmp_path):
     assert model.projection is None and len(model.heads) == 0
     with pytest.raises(ValueError, match=r"predicts nothing.*model\.start_from="):
         Predictor.from_pretrained(tmp_path / "export", device="cpu")
+    with pytest.raises(ValueError, match="--format onnx: the model predicts nothing"):
+        check_exportable(load_exported(tmp_path / "export"))
     assert "model.start_from" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     other = replace(DOMAIN, name="other")
     moe = tiny_recipe().model.moe
@@ -296,3 +302,24 @@ def test_it_is_auxiliary_beside_labels_and_counts_alone():
     mood = {"mood": {"path": "m.csv"}}
     for others, auxiliary in (({}, False), (plain, False), (mood, True), (plain | mood, True)):
         assert recipe_from_dict({"tasks": tasks | others}).tasks["domain"].auxiliary == auxiliary
+
+
+def test_the_memory_plan_counts_rows_and_vocabulary_of_hidden_words(tmp_path):
+    recipe, raw = tiny_recipe(tasks=TASKS), {"zero_optimization": {"stage": 1}}
+    layout = plan_layout(recipe, raw, world_size=1, gpu=False)
+    settings = fill_settings(raw, recipe, layout, gpu=False)
+    split = Collator(tiny_tokenizer(tmp_path), TASKS).encode_texts(["good day in paris"] * 4)
+    lengths, parts = split.head_lengths, []
+    for labels in ([1, 0, 0], [1, 1, 0]):
+        labelled = np.tile(np.array(labels, dtype=bool), (4, 1))
+        plan = plan_run(
+            recipe, layout, tiny_model(tasks=TASKS), replace(split, labelled=labelled), settings
+        )
+        parts.append({part.name: part.device_bytes for part in plan.parts})
+    name, posts = "logits of the vocabulary", layout.micro_batch_size
+    tokens = int(posts * lengths.mean() * DOMAIN.probability)
+    assert name not in parts[0]
+    assert parts[1][name] == tokens * VOCABULARY * (8 + 2 * layout.bf16)
+    # A row of its own for each post.
+    rows = [found["activations (rough)"] for found in parts]
+    assert rows[1] > 1.5 * rows[0]
