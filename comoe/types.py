@@ -50,7 +50,8 @@ class Batch:
     to run."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float,
-    regression (B,) float, tags (B, L) int64, text (B,) int64: the number of its tokens. Missing:
+    regression (B,) float, tags (B, L) int64, text (B,) int64: the number of its tokens,
+    masked_words (B,) int64: the number of its hidden tokens. Missing:
     IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
@@ -83,6 +84,9 @@ class Batch:
     choices: Mapping[str, Tensor] = field(default_factory=dict)
     """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y,
     D), int64, IGNORED behind their end token; the same in every batch."""
+    masked_ids_BL: Tensor | None = None
+    """Token ids that are hidden from the encoder in rows of tasks in masked mode, int64; IGNORED at
+    all other tokens. None where the run has no such task."""
     domain_weights_B: Tensor | None = None
     """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post
     share its weight."""
@@ -199,7 +203,8 @@ class ModelOutput:
     """Everything the model knows about a batch."""
 
     logits: Mapping[str, Tensor]
-    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
+    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y); masked_words (B, 2), see its
+    kind, and nothing where ``Batch.masked_ids_BL`` is None.
 
     label_words (B, Y): log-probability of each label's words; in training without soft labels only
     of the row's own label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has

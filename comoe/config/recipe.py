@@ -7,7 +7,7 @@ the module that implements them (``tests/unit/config/test_recipe.py`` holds them
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Len, MinLen
@@ -543,6 +543,12 @@ class DataConfig:
     """Cleaning of the text."""
 
 
+UNLABELLED = "unlabelled"
+"""The kind of task that nothing is measured of."""
+
+BY_HIDING = "masked_words"
+"""The kind of task that finds words which are hidden from the encoder."""
+
 OWN_COLUMNS = ("text", "error", "truncated", "windows", "image_error")
 """Keys of a prediction beside those of the tasks, which a task cannot be called."""
 
@@ -563,15 +569,20 @@ class TaskConfig:
             "tags",
             "phrases",
             "unlabelled",
+            "masked_words",
             "text",
             "label_words",
         ],
         KIND_TABLE,
     ] = "single_label"
     """What the task predicts: single_label, multi_label, regression, tags,
-    phrases (words of the post, to be found), unlabelled; and with a decoder text (written
-    by it) and label_words (the decoder scores each label's words). text with ``labels``
+    phrases (words of the post, to be found), unlabelled; masked_words (words that are hidden from
+    the encoder, of any post; beside other tasks it is ``auxiliary``); and with a decoder text
+    (written by it) and label_words (the decoder scores each label's words). text with ``labels``
     means label_words."""
+    probability: PositiveShare = 0.15
+    """Share of a post's words that masked_words hides, at least one; whole words, drawn anew in each
+    step."""
     format: Annotated[
         Literal[
             "auto",
@@ -701,6 +712,7 @@ class TaskConfig:
             "exact_match",
             "token_f1",
             "rouge_l",
+            "masked_accuracy",
         ],
         METRIC_TABLE,
     ] = "auto"
@@ -856,6 +868,16 @@ class Recipe:
     """Modules of your own (``my_package.module``), or plugins that a package installed, whose
     metrics, kinds, losses, readers and gates this recipe uses. Their code runs, so a module is
     imported only where it is named on the command line too (``--plugins``)."""
+
+    @model_validator(mode="after")
+    def _beside_others(self) -> Recipe:
+        # Words that are found say nothing of the labels that others predict.
+        if any(task.kind not in (BY_HIDING, UNLABELLED) for task in self.tasks.values()):
+            self.tasks = {
+                name: replace(task, auxiliary=True) if task.kind == BY_HIDING else task
+                for name, task in self.tasks.items()
+            }
+        return self
 
 
 __all__ = [

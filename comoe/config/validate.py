@@ -8,7 +8,7 @@ from functools import reduce
 
 from comoe.config.errors import nearest, place_of, unknown_name
 from comoe.config.fields import Table, template_fields
-from comoe.config.recipe import LOSS_TABLE, OWN_COLUMNS, Recipe, TaskConfig
+from comoe.config.recipe import BY_HIDING, LOSS_TABLE, OWN_COLUMNS, UNLABELLED, Recipe, TaskConfig
 
 BY_DECODER = ("text", "label_words")
 """Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
@@ -18,8 +18,6 @@ BY_LABEL = (*SOFT_COLUMN, BY_DECODER[1])
 """Kinds that give a post labels of a list, by which posts can be counted."""
 BY_POSTS = (*SOFT_COLUMN, "regression")
 """Kinds whose head can read several posts together."""
-UNLABELLED = "unlabelled"
-"""The kind of task without labels."""
 BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
 """Weightings that read each task's gradient by the last shared states."""
 DRAWN = ("random",)
@@ -389,6 +387,27 @@ def _distillation(recipe: Recipe) -> Broken:
             yield "distill.tasks", f"has {name}, but {rule}; list the other tasks ({others})."
 
 
+def _hiding(recipe: Recipe) -> Broken:
+    """Options of a task that hides words."""
+    for name, task in recipe.tasks.items():
+        key, usual = f"tasks.{name}", TaskConfig()
+        if task.kind != BY_HIDING:
+            if task.probability != usual.probability:
+                rule = f"has no meaning for kind {task.kind}, which hides no word; leave it out"
+                yield f"{key}.probability", f"{rule}."
+            continue
+        if task.contrastive is True:
+            rule = "is true, but the task pools nothing; make it auto, or add a task of kind unlabelled"
+            yield f"{key}.contrastive", f"{rule} on these posts."
+        if recipe.data.hide == "text":
+            yield (
+                "data.hide",
+                f"is text, and {key} hides words of it; make it none, or drop the task.",
+            )
+        if name in recipe.distill.tasks:
+            yield "distill.tasks", f"has {name}, whose words need no teacher; list the other tasks."
+
+
 def _names(recipe: Recipe) -> Broken:
     """Names that stand for something else where predictions and results are read."""
     by_letters: dict[str, str] = {}
@@ -424,4 +443,5 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _reptile,
     _early_stop,
     _distillation,
+    _hiding,
 )

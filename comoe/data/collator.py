@@ -12,6 +12,7 @@ import numpy as np
 from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.posts import flattened, hidden, unlabelled_posts
+from comoe.data.tokens.masking import Masker, check_mask_token
 from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
 from comoe.data.tokens.split import (
     TokenizedSplit,
@@ -23,7 +24,7 @@ from comoe.data.tokens.split import (
 )
 from comoe.data.tokens.tokenize import tokenize
 from comoe.deferred import Deferred
-from comoe.tasks.task import TOGETHER, Task, decoder_tasks
+from comoe.tasks.task import TOGETHER, Task, decoder_tasks, head_tasks, masked_tasks
 from comoe.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class Collator:
     """Pads posts to a batch and lays out rows and labels as the model and the decoder want them.
 
     There is one row per post for all tasks with a head, and one per (post, task in decoder mode), with
-    the task's prompt. With ``row_per_task`` (``model.moe.route_by: task`` and ``both``, or
-    ``model.own_layers``) there is one row per (post, labeled task), a soft label being one too. The
-    labels of tasks that a row does not serve are missing in it.
+    the task's prompt, or (post, task in masked mode), with hidden words. With ``row_per_task``
+    (``model.moe.route_by: task`` and ``both``, or ``model.own_layers``) there is one row per (post,
+    labeled task), a soft label being one too. The labels of tasks that a row does not serve are
+    missing in it.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -77,9 +79,12 @@ class Collator:
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
         self._decoded = decoder_tasks(self.tasks)
-        self._heads = [number for number in range(len(self.tasks)) if number not in self._decoded]
+        self._masked = masked_tasks(self.tasks)
+        self._heads = [*head_tasks(self.tasks)]
         for task in self._decoded.values():
             check_end_token(tokenizer, task)
+        for task in self._masked.values():
+            check_mask_token(tokenizer, task)
         self._words = {
             task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words
         }
@@ -108,7 +113,8 @@ class Collator:
                 not; a task in decoder mode has rows for posts with its label and for posts without
                 any label. Else there would be nothing to score, and generating takes long.
             arrays: of NumPy instead of PyTorch, and only what an ONNX file reads: no labels.
-            draw: training: seeds which posts of an author are read, if not all; None reads the first.
+            draw: training: seeds which posts of an author are read, if not all, and which words are
+                hidden; None reads the first, and hides the same words each time.
         """
         asked = [
             (int(post), task)
@@ -154,6 +160,7 @@ class Collator:
         together, and its tokens."""
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         pad = functools.partial(_padded, length=length)
+        hidden = [() if row.masked_ids is None else row.masked_ids for row in rows]
         return {
             "input_ids_BL": pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
             "attention_mask_BL": pad([np.ones(len(row.input_ids)) for row in rows]),
@@ -161,12 +168,13 @@ class Collator:
             "word_starts_BL": pad([row.word_starts for row in rows]).astype(bool),
             "task_ids_B": np.array([task for _, task in pairs], dtype=np.int64),
             "text_numbers_B": self._text_numbers(pairs, places) if self._row_per_task else None,
+            "masked_ids_BL": pad(hidden, fill=IGNORED) if self._masked else None,
             "row_ids_B": np.array([post for post, _ in pairs], dtype=np.int64),
         }
 
     def rows_per_post(self, tasks: Sequence[Task]) -> int:
         """Most rows of a batch that a post has where it is asked for these tasks."""
-        heads = sum(task.mode != "decoder" for task in tasks)
+        heads = len(head_tasks(tasks))
         return max(1, len(tasks) - heads + (heads if self._row_per_task else min(heads, 1)))
 
     def detokenize(self, ids_BD: Tensor) -> list[str]:
@@ -257,7 +265,12 @@ class Collator:
         if task in self._decoded:
             return [split.prompt(post, self.tasks[task].name)]
         if task >= 0 and self.tasks[task].reads not in TOGETHER:
-            return split.rows(np.array([post]))
+            rows = split.rows(np.array([post]))
+            if task not in self._masked:
+                return rows
+            given = {"draw": None if draw is None else (*draw, post, task)}
+            given["probability"] = self.tasks[task].probability
+            return [self._masker.hide(row, **given) for row in rows]
         return split.all_rows(post, most=self.max_posts, draw=draw)
 
     def _served(self, split: TokenizedSplit, post: int, *, all_tasks: bool) -> list[int]:
@@ -274,16 +287,21 @@ class Collator:
             if (lists := split.prompts.get(self.tasks[task].name)) is not None
             and lists.lengths[post]
         ]
+        decoded += [task for task in self._masked if labelled[task]]
         if self._row_per_task:
             return sorted(
                 [*decoded, *(task for task in self._heads if all_tasks or labelled[task])]
             )
-        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
+        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + sorted(decoded)
+
+    @functools.cached_property
+    def _masker(self) -> Masker:
+        return Masker(self.tokenizer)
 
     def _text_numbers(self, pairs: Sequence[tuple[int, int]], places: Sequence[int]) -> np.ndarray:
-        """Rows of a post have its text, those of tasks in decoder mode a prompt of their own."""
+        """Rows of a post have its text, those of tasks in decoder or masked mode one of their own."""
         texts = [
-            (post, task if task in self._decoded else -1, place)
+            (post, -1 if task in self._heads else task, place)
             for (post, task), place in zip(pairs, places, strict=True)
         ]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}

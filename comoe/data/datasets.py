@@ -70,7 +70,7 @@ def kinds_of_columns(tasks: Mapping[str, TaskConfig]) -> dict[str, Kind]:
     for task in tasks.values():
         kind = kind_of(task.kind)
         for column in (task.label, (task.soft_label or "").removesuffix(VOTES)):
-            if column and kind.scored and not isinstance(found.get(column), MultiLabel):
+            if column and kind.predicts and not isinstance(found.get(column), MultiLabel):
                 found[column] = kind
     return found
 
@@ -127,7 +127,7 @@ def read_group(group: Group, *, with_images: bool) -> None:
         group.raw[split] = raw
     train = group.raw["train"]
     for name, task in group.tasks.items():
-        known = train.label_names.get(task.label, ()) if kind_of(task.kind).scored else ()
+        known = train.label_names.get(task.label, ()) if kind_of(task.kind).predicts else ()
         values = (row.get(task.label) for row in train.rows)
         if known and isinstance(kind_of(task.kind), Text):
             raise ValueError(
@@ -148,7 +148,7 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
     labelled = split == "test" or (
         split == "validation" and any(t.label in raw.columns for t in group.tasks.values())
     )
-    plain = " Plain text has no labels: use it for kind unlabelled, or write .jsonl with labels."
+    plain = " Plain text has no labels: use it for kind unlabelled or masked_words, or write .jsonl with labels."
     for name, task in group.tasks.items():
         if name == group.source.key:
             check_columns(raw, {"distill.unlabelled_text": task.text})
@@ -156,7 +156,7 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
         wanted = {key: getattr(task, key) for key in ("text", "pair", "context", "author")}
         wanted |= {"image": task.image} if with_images else {}
         check_columns(raw, {f"tasks.{name}.{key}": column for key, column in wanted.items()})
-        if not labelled and kind_of(task.kind).scored:
+        if not labelled and kind_of(task.kind).predicts:
             wanted = {"label": task.label, "confidence": task.confidence}
             wanted |= {"soft_label": task.soft_label} if split == "train" else {}
             check_columns(

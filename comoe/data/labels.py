@@ -73,7 +73,7 @@ def resolved_task(
         if task.mode == "tokens"
         else set(present)
     )
-    if len(distinct) < 2:
+    if task.rules.predicts and len(distinct) < 2:
         only = next(iter(counts["train"]), "none") if labels else next(iter(distinct))
         raise ValueError(
             f"tasks.{name}: all {len(present):,} training labels are the same ({only}), so there is nothing to learn; "

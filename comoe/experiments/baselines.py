@@ -48,7 +48,7 @@ def run_baseline(recipe: Recipe, folder: Path, *, name: str, arguments: Sequence
     refuse_taken(folder, overwrite=True)
     baseline = BASELINES[name]
     corpus = load_corpus(resolve(recipe, progress=False))
-    scored = [task for task in corpus.tasks if task.rules.scored]
+    scored = [task for task in corpus.tasks if task.rules.predicts]
     skipped = {task.name: why for task in scored if (why := baseline.fits(task))}
     tasks = [task for task in scored if task.name not in skipped]
     if not any(not task.auxiliary for task in tasks):

@@ -51,7 +51,7 @@ def model_card(
         results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and
             ``seconds`` are read; None says in the card that nothing was measured.
     """
-    tasks = [task for task in tasks if task.rules.scored]
+    tasks = [task for task in tasks if task.rules.predicts]
     calibrated, experts, found = [], [], results or {}
     if report := found.get("calibration"):
         table = _table(calibration_table(report))
@@ -140,7 +140,8 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     else:
         experts = f"one {one} {where}" if moe.num_experts else "no experts"
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
-    listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
+    names = ", ".join(task.name for task in tasks) or "none"
+    listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {names}"
     post = (
         "social-media post, its text and its image,"
         if _reads_images(config)
@@ -179,6 +180,8 @@ def _images(config: Mapping[str, Any]) -> str:
 
 
 def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
+    if not tasks:
+        return "It predicts nothing: it is for `model.start_from` of other runs."
     with_images = _reads_images(config)
     pair = pair_in_training(config, tasks) or "pair"
     with_pair = any(wants_pair(task.prompt) for task in tasks)

@@ -211,6 +211,10 @@ def check_exportable(exported: Exported) -> None:
             f"--format onnx: the tasks {', '.join(decoded)} are answered by a decoder, which writes one token after "
             "another and is no single graph; predict with the export as it is."
         )
+    if not any(task.rules.predicts for task in exported.tasks):
+        raise ValueError(
+            "--format onnx: the model predicts nothing, as its tasks learn from plain posts alone."
+        )
     joined = [task.name for task in exported.tasks if task.reads in TOGETHER]
     if joined:
         raise ValueError(

@@ -112,6 +112,11 @@ class Predictor(OnHub):
             products = choose_precision(precision, place)
         found = find_export(folder, **hub)
         exported = load_exported(found, verify=verify, backend=backend, threads=threads, plain=True)
+        if not any(task.rules.predicts for task in exported.tasks):
+            raise ValueError(
+                f"{found} predicts nothing: its tasks learn from plain posts alone; train tasks with "
+                f"labels from there, with model.start_from={found}."
+            )
         if backend == "torch":
             exported.model.to(place)
         return cls(exported, exported.collator(), place, products)
@@ -133,7 +138,7 @@ class Predictor(OnHub):
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks that the model predicts."""
-        return tuple(task for task in self.exported.tasks if task.rules.scored)
+        return tuple(task for task in self.exported.tasks if task.rules.predicts)
 
     @property
     def image_column(self) -> str | None:

@@ -390,13 +390,13 @@ class Objective(nn.Module):
         """This micro-batch's share of each task's mean (KL(p || q) + KL(q || p)) / 2, (T,), float32.
 
         The mean is over the posts that the task learns from (of tags, of the mean over a post's
-        words); of a decoder's tasks it is 0.
+        words); of a decoder's tasks and of masked words it is 0.
 
         Source: R-Drop, arXiv:2106.14448.
         """
         found = []
         for number, task in enumerate(self.tasks, start=len(self.tasks)):
-            if task.mode == "decoder" or not task.rules.scored:
+            if task.own_rows or not task.rules.scored:
                 found.append(batch.unit_scale_T.new_zeros(()).float())
                 continue
             targets, soft = batch.labels[task.name], batch.soft_labels.get(task.name)

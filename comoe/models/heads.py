@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from comoe.models.moe.experts import GatedFeedForward
 from comoe.models.pooling import OVER_POSTS, POOLINGS, LayerMixture
 from comoe.tasks.task import Task
-from comoe.types import Probe
+from comoe.types import IGNORED, Probe
 
 FIRST_LOGITS = 0.5
 """Standard deviation of the logits of a head that starts at texts: a likely label has about twice
@@ -129,6 +129,20 @@ class TaskHead(nn.Module):
         return HeadOutput(logits.float(), pooled_BM, attention_BL, weights_B)
 
 
+def projection_of(
+    heads: Sequence[TaskHead], model_width: int, width: int, *, decodes: bool
+) -> nn.Linear | None:
+    """Makes embeddings of pooled states. None without a head that pools: nothing to project, and no gradient.
+
+    Models of tags alone have always had one.
+    """
+    if not any(head.pooling is not None for head in heads) and (decodes or not heads):
+        return None
+    projection = nn.Linear(model_width, width, bias=False)
+    nn.init.normal_(projection.weight, std=0.02)
+    return projection
+
+
 def run_heads(
     heads: Sequence[TaskHead],
     read: Callable[[int], Tensor],
@@ -163,7 +177,7 @@ def run_heads(
 
 def probe(
     shared_BLM: Tensor,
-    tasks: Sequence[Task],
+    tasks: Mapping[int, Task],
     predict: Callable[[int, Tensor], Tensor],
 ) -> Probe:
     """Run what each task has for itself on a copy of its own of the shared states, gradients on, whatever is around.
@@ -174,7 +188,7 @@ def probe(
 
     Args:
         shared_BLM: the last states that all tasks read.
-        tasks: the tasks.
+        tasks: number -> task, in the order in which they draw dropout.
         predict: (number of the task, shared states) -> its head's logits.
     """
     states, logits = {}, {}
@@ -182,10 +196,45 @@ def probe(
         torch.random.fork_rng([shared_BLM.device] if shared_BLM.is_cuda else []),
         torch.enable_grad(),
     ):
-        for number, task in enumerate(tasks):
+        for number, task in tasks.items():
             states[task.name] = shared_BLM.detach().requires_grad_()
             logits[task.name] = predict(number, states[task.name])
     return Probe(states, logits)
+
+
+class MaskedWordHead(nn.Module):
+    """Finds hidden tokens: linear layer, GELU, norm, and the input embeddings as output layer, with a bias.
+
+    Args:
+        embedding: the encoder's input embeddings; of their weights the head has no copy.
+        model_width: M.
+
+    Source: BERT, arXiv:1810.04805.
+    """
+
+    def __init__(self, embedding: nn.Embedding, model_width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(model_width, embedding.embedding_dim)
+        self.norm = nn.LayerNorm(embedding.embedding_dim)
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, states_BLM: Tensor, masked_ids_BL: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Log-probability of each row's hidden tokens, and how many are the likeliest, float32, (B, 2).
+
+        The vocabulary is read at hidden tokens alone. Without any the result is 0 and connected to
+        every weight.
+        """
+        rows_N, columns_N = (masked_ids_BL != IGNORED).nonzero(as_tuple=True)
+        ids_N = masked_ids_BL[rows_N, columns_N]
+        x_NE = self.norm(F.gelu(self.dense(states_BLM[rows_N, columns_N])))
+        logits_NV = F.linear(x_NE, embedding.weight, self.bias)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        logs_N = -F.cross_entropy(logits_NV, ids_N, reduction="none")
+        right_N = (logits_NV.argmax(dim=1) == ids_N).to(logs_N.dtype)
+        found_N2 = torch.stack([logs_N, right_N], dim=1)
+        return found_N2.new_zeros(len(states_BLM), 2).index_add(0, rows_N, found_N2)
 
 
 class PrivatePart(nn.Module):

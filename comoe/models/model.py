@@ -23,7 +23,16 @@ from comoe.models.encoders.families import (
     stacks_of,
 )
 from comoe.models.encoders.input_scaling import input_weights, note_inputs, scale_inputs
-from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, attention_of, probe, run_heads
+from comoe.models.heads import (
+    HeadOutput,
+    MaskedWordHead,
+    PrivatePart,
+    TaskHead,
+    attention_of,
+    probe,
+    projection_of,
+    run_heads,
+)
 from comoe.models.moe.block import (
     AutoEPConfig,
     ContextHolder,
@@ -36,17 +45,11 @@ from comoe.models.moe.gate import GATES, draw
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import build_image_text_head, image_text_output
 from comoe.models.vision.tower import Tower, expected_tokens
-from comoe.tasks.task import Task, decoder_tasks
+from comoe.tasks.task import Task, decoder_tasks, head_tasks, masked_tasks
 from comoe.types import IGNORED, Batch, ModelOutput, Probe, Sharing
 
 HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
-
-
-def _projection(width: int, projected: int) -> nn.Linear:
-    projection = nn.Linear(width, projected, bias=False)
-    nn.init.normal_(projection.weight, std=0.02)
-    return projection
 
 
 class MultiTaskModel(nn.Module):
@@ -88,17 +91,14 @@ class MultiTaskModel(nn.Module):
         dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
         # A list, not a dict by name: a task may be called "type" or "expert", which torch and
         # DeepSpeed keep for themselves.
-        self._headed = tuple(i for i, task in enumerate(self.tasks) if task.mode != "decoder")
+        self._headed, self._masked = tuple(head_tasks(self.tasks)), masked_tasks(self.tasks)
         layers = layers_by_stack(encoder)[0]
         more = {"dropout": dropout, "pooling": config.pooling, "num_layers": len(layers)}
         heads = (TaskHead(self.tasks[number], width, **more) for number in self._headed)
         self.heads = nn.ModuleList(heads)
-        has_decoder = len(self.heads) < len(self.tasks)
-        self.projection = None
-        # Nothing to project, and no gradient, without a head that pools (models of tags alone have
-        # always had one).
-        if not has_decoder or any(head.pooling is not None for head in self.heads):
-            self.projection = _projection(width, config.projection_width)
+        has_decoder = bool(decoder_tasks(self.tasks))
+        widths = (width, config.projection_width)
+        self.projection = projection_of(self.heads, *widths, decodes=has_decoder)
         self.is_causal = family_of(encoder.config.model_type).causal
         embed = None if self.task_embedding is None else self.task_embedding.__call__
         parts = (encoder, tasks, self.holder, embed)
@@ -107,13 +107,15 @@ class MultiTaskModel(nn.Module):
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
-        widths = (width, config.projection_width)
         self.image_text = build_image_text_head(image_text, self.fusion, *widths)
         # Last, so that all else begins as it does without them.
         own = config.private_width
         private = [PrivatePart(width, own, dropout=dropout) for _ in tasks] if own else []
         self.private = nn.ModuleList(private) if private else None
         self.task_attention = attention_of(self.heads, width, config.task_attention_width)
+        self.masked_heads = nn.ModuleList(
+            MaskedWordHead(encoder.get_input_embeddings(), width) for _ in self._masked
+        )
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
         # Behind what scales them.
@@ -146,10 +148,11 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = self._probe(encoding, mask_BL, batch.bags_B)
+            more["probe"] = self._probe(encoding, batch)
         of_heads = self.head_outputs(shared_BLM, mask_BL, encoding.lower, batch.bags_B)
         logits, embeddings, attentions, more["post_weights"], private = of_heads
-        decoded = None
+        found, update = self._find_words(shared_BLM, batch)
+        logits, private, decoded = logits | found, private | update, None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
             private |= update
@@ -237,14 +240,33 @@ class MultiTaskModel(nn.Module):
 
         return run_heads(self.heads, read, mask_BL, bags_B, self.task_attention, only), private
 
-    def _probe(self, encoding: Encoding, mask_BL: Tensor, bags_B: Tensor | None) -> Probe:
+    def _find_words(
+        self, states_BLM: Tensor, batch: Batch, only: int | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Logits of tasks in masked mode, or of one, on their own rows, and what private parts add to the states."""
+        logits, private = {}, {}
+        for (number, task), head in zip(self._masked.items(), self.masked_heads, strict=True):
+            if batch.masked_ids_BL is not None and only in (None, number):
+                private |= (update := self._private(number, states_BLM))
+                ids_BL = batch.masked_ids_BL.where((batch.task_ids_B == number)[:, None], IGNORED)
+                read_BLM, words = (
+                    sum(update.values(), states_BLM),
+                    self.encoder.get_input_embeddings(),
+                )
+                logits[task.name] = head(read_BLM, ids_BL, words)
+        return logits, private
+
+    def _probe(self, encoding: Encoding, batch: Batch) -> Probe:
         assert not self.own_layers, "the recipe's rules refuse it"
-        lower = [states_BLM.detach() for states_BLM in encoding.lower]
+        rest = (batch.attention_mask_BL, [x.detach() for x in encoding.lower], batch.bags_B)
 
         def predict(number: int, states_BLM: Tensor) -> Tensor:
-            return self._run_heads(states_BLM, mask_BL, lower, bags_B, number)[0][0].logits
+            if number in self._masked:
+                return self._find_words(states_BLM, batch, number)[0][self.tasks[number].name]
+            return self._run_heads(states_BLM, *rest, self._headed.index(number))[0][0].logits
 
-        return probe(encoding.fused_BLM, self.tasks, predict)
+        order = (*self._headed, *self._masked)  # as dropout is drawn
+        return probe(encoding.fused_BLM, {i: self.tasks[i] for i in order}, predict)
 
     def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
         if self.private is None:

@@ -119,6 +119,19 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else 0.0
 
 
+def masked_accuracy(
+    gold: Sequence[int], predicted: Sequence[float], labels: Sequence[str] = ()
+) -> float:
+    """Share of the hidden tokens that are found, 0 to 1, over the tokens of all posts.
+
+    Args:
+        gold: hidden tokens of each post.
+        predicted: how many of them are found.
+        labels: none.
+    """
+    return float(np.sum(predicted) / max(1, np.sum(gold)))
+
+
 Metric = Callable[[Sequence, Sequence, Sequence[str]], float]
 
 
@@ -376,8 +389,9 @@ METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
+    "masked_accuracy": masked_accuracy,
 }
 
 
-LOWER_IS_BETTER = {"mae", "loss", "teacher_kl"}
+LOWER_IS_BETTER = {"mae", "loss", "teacher_kl", "perplexity"}
 """Names of numbers that fall as a model gets better; every other one rises."""

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import TaskConfig
-from comoe.tasks.kinds.base import Kind, Mode
+from comoe.tasks.kinds.base import OWN_ROWS, Kind, Mode
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.metrics import METRICS
 from comoe.tasks.prompts import resolve_label_words
@@ -72,6 +72,8 @@ class Task:
     reads: str = "post"
     """What is read for one prediction: a post; an author, several posts at once; a post with its
     context behind it; or with its neighbors, each read by itself (words of ``READS``)."""
+    probability: float = 0.15
+    """Share of the words that are hidden from the encoder, of kinds in masked mode."""
     prompt: str | None = None
     """What the encoder reads of a post where a decoder predicts, see ``comoe.tasks.prompts``; else
     None."""
@@ -95,8 +97,13 @@ class Task:
 
     @property
     def mode(self) -> Mode:
-        """What gives its output: ``pooled``, ``tokens`` or ``decoder``."""
+        """What gives its output: ``pooled``, ``tokens``, ``decoder`` or ``masked``."""
         return self.rules.mode
+
+    @property
+    def own_rows(self) -> bool:
+        """True when no other task reads its rows of a batch."""
+        return self.mode in OWN_ROWS
 
     @property
     def views(self) -> bool:
@@ -164,6 +171,16 @@ def decoder_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
     return {number: task for number, task in enumerate(tasks) if task.mode == "decoder"}
 
 
+def masked_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
+    """Number -> task, of those that find words which are hidden from the encoder."""
+    return {number: task for number, task in enumerate(tasks) if task.mode == "masked"}
+
+
+def head_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
+    """Number -> task, of those whose output a head gives of the post as it is."""
+    return {number: task for number, task in enumerate(tasks) if not task.own_rows}
+
+
 def kind_of(name: str) -> Kind:
     """The rules of a kind of task.
 
@@ -226,6 +243,7 @@ def build_task(
         label_mean=label_mean,
         label_std=label_std,
         reads=_reads(config),
+        probability=config.probability,
         prompt=config.prompt,
         label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
         length_normalized=config.length_normalized,

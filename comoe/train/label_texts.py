@@ -18,6 +18,7 @@ from comoe.models.encoders.families import layers_of, reads_segments
 from comoe.models.encoders.input_scaling import note_inputs
 from comoe.models.heads import TaskHead
 from comoe.models.model import MultiTaskModel
+from comoe.tasks.task import head_tasks
 
 POSTS = 256
 """Most training posts of a task that center and scale of its first logits are taken from."""
@@ -50,9 +51,7 @@ def start_heads(
     Raises:
         ValueError: an encoder that cannot read text without an image.
     """
-    heads = dict(
-        zip((task for task in model.tasks if task.mode != "decoder"), model.heads, strict=True)
-    )
+    heads = dict(zip(head_tasks(model.tasks).values(), model.heads, strict=True))
     described = {task: head for task, head in heads.items() if recipe.tasks[task.name].descriptions}
     if not described:
         return

@@ -45,7 +45,7 @@ from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.lora import LoraLinear, adapters_of, widths_of
 from comoe.models.vision.tower import expected_tokens
-from comoe.tasks.task import decoder_tasks
+from comoe.tasks.task import decoder_tasks, head_tasks, masked_tasks
 from comoe.train.parallel.ds_config import Layout
 
 FULL = 4
@@ -535,7 +535,12 @@ def _text_work(
         scored = DecoderWork(Work(tokens=answers), vocabulary=encoder.vocab_size)
         return replace(work, tokens=work.tokens + answers), scored
     if not has_decoder(model.encoder):
-        return work, None
+        hidden = sum(
+            float((train.labelled[:, number] * train.head_lengths).mean()) * task.probability
+            for number, task in masked_tasks(model.tasks).items()
+        )
+        scored = DecoderWork(Work(tokens=int(posts * hidden)), vocabulary=encoder.vocab_size)
+        return work, scored if hidden else None
     own = Work(
         tokens=int(posts * rows.answers),
         layers=num_layers[1],
@@ -572,19 +577,19 @@ class RowTokens(NamedTuple):
 def _row_tokens(
     model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, distilled: bool, most: int
 ) -> RowTokens:
-    decoded = decoder_tasks(model.tasks)
-    heads = [number for number in range(len(model.tasks)) if number not in decoded]
-    if not decoded and not by_task:
+    decoded, masked = decoder_tasks(model.tasks), [*masked_tasks(model.tasks)]
+    if not decoded and not by_task and not masked:
         read = float((train.lengths * train.texts_read(most)).mean())
         return RowTokens(read, 0.0, 0.0, 1.0, texts=read)
     # Teachers know most tasks, and say something of every post.
-    labelled = train.labelled[:, heads] | distilled
-    own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
+    labelled = train.labelled[:, [*head_tasks(model.tasks)]] | distilled
+    hidden = train.labelled[:, masked].sum(axis=1)
+    own = (labelled.sum(axis=1) if by_task else labelled.any(axis=1)) + hidden
     lengths = train.head_lengths * train.texts_read(most)
     read = float((own * lengths).mean())
     # As in the model: rows that differ below the blocks share nothing.
     once = by_task and not model.image_tokens and not any(t.weighs("input") for t in model.tasks)
-    texts = float((labelled.any(axis=1) * lengths).mean()) if once else read
+    texts = float(((labelled.any(axis=1) + hidden) * lengths).mean()) if once else read
     prompts = answers = asked = 0.0
     for number, task in decoded.items():
         mine = train.labelled[:, number] | (distilled and bool(task.label_words))

@@ -40,7 +40,7 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
     corpus.report.notes += [
         f"task {task.name}: no teacher; it is learned from its gold labels alone"
         for task in corpus.tasks
-        if teachers and task.rules.scored and task.name not in known
+        if teachers and task.rules.predicts and task.name not in known
     ]
     corpus.report.notes += _first_stage(recipe, corpus)
     corpus.report.warnings += posts_seen_before(recipe, corpus) if is_main() else []

@@ -152,6 +152,9 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"
+    if not any(task.rules.predicts for task in tasks):
+        print(f"start there    comoe train RECIPE model.start_from={export}")
+        return
     posts = f"--input {_fitting_input(export, tasks)} --output predictions.jsonl"
     print(f"predict        comoe predict --model {export} {posts}")
 

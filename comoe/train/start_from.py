@@ -16,7 +16,7 @@ from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.router import build_gate
 from comoe.models.moe.upcycle import upcycle
-from comoe.tasks.task import TOGETHER, Task
+from comoe.tasks.task import TOGETHER, Task, head_tasks, masked_tasks
 from comoe.train.parallel.setup import ADAPTERS, parameter_group, set_weights
 
 PRE_TRAINED = ("encoder", "tower")
@@ -190,7 +190,8 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 _NUMBERED: dict[str, Callable[[Sequence[Task]], list[Task]]] = {
-    "heads": lambda tasks: [task for task in tasks if task.mode != "decoder"],
+    "heads": lambda tasks: [*head_tasks(tasks).values()],
+    "masked_heads": lambda tasks: [*masked_tasks(tasks).values()],
     "private": list,
 }
 """Part of the model that is a list -> tasks -> the task of each of its members."""

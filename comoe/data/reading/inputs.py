@@ -141,7 +141,7 @@ def choose_text(
     if asked is not None:
         return asked
     known = config.get("columns", {})
-    named = {known.get(task.name, {}).get("text") for task in tasks if task.rules.scored}
+    named = {known.get(task.name, {}).get("text") for task in tasks if task.rules.predicts}
     trained = named.pop() if len(named) == 1 else None
     if trained in (None, USUAL_TEXT) or trained not in columns:
         return USUAL_TEXT
@@ -175,7 +175,7 @@ def _pairs_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> dict
     return {
         task.name: known.get(task.name, {}).get("pair")
         for task in tasks
-        if task.rules.scored and (task.prompt is None or wants_pair(task.prompt))
+        if task.rules.predicts and (task.prompt is None or wants_pair(task.prompt))
     }
 
 

@@ -159,6 +159,8 @@ class TokenRow:
     input_ids: np.ndarray
     token_types: np.ndarray
     word_ids: np.ndarray
+    masked_ids: np.ndarray | None = None
+    """Token ids that ``input_ids`` hide, IGNORED elsewhere, (L,); None where nothing is to be hidden."""
 
     @property
     def word_starts(self) -> np.ndarray:
@@ -287,13 +289,16 @@ def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> Non
 def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> Any:
     """The label of one post as ``Kind.collate`` takes it, None without.
 
-    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens.
+    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens;
+    for masked words that of the hidden ones, None where the post has no word to hide.
     """
     value = split.posts.labels[task.name][post]
     if value is None:
         return None
     if task.name in split.targets:
         return len(split.targets[task.name][post])
+    if row.masked_ids is not None:
+        return int((row.masked_ids != IGNORED).sum()) or None
     return task.rules.at_tokens(value, row.word_ids, row.word_starts)
 
 

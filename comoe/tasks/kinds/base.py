@@ -22,7 +22,10 @@ else:
     torch = Deferred("torch")
     F = Deferred("torch.nn.functional")
 
-Mode = Literal["pooled", "tokens", "decoder"]
+Mode = Literal["pooled", "tokens", "decoder", "masked"]
+
+OWN_ROWS: tuple[Mode, ...] = ("decoder", "masked")
+"""Modes in which a task has a row of its own of a post, which no other task reads."""
 
 SMALLEST = 1e-30
 """Probability that a soft label of 0 counts as where its logarithm is needed."""
@@ -84,10 +87,14 @@ class Kind(ABC):
     mode: ClassVar[Mode] = "pooled"
     """What gives the output. ``pooled``: a head on one vector per post, whose weights explain it;
     ``tokens``: a head on each word; ``decoder``: no head, but a decoder, with a row of its own
-    per post and task, which has the task's prompt."""
+    per post and task, which has the task's prompt; ``masked``: a head on the words that are hidden
+    from the encoder in a row of its own per post and task."""
     scored: ClassVar[bool] = True
     """False when there is no output: nothing to evaluate, to predict or to choose a checkpoint
     by."""
+    predicts: ClassVar[bool] = True
+    """False when nothing is said of a post: no column of labels is read, every post is learned
+    from, and a prediction leaves the task out."""
     exclusive: ClassVar[bool] = False
     """True when a post has one label of several, so that posts can be drawn by it."""
     min_labels: ClassVar[int] = 0
@@ -106,7 +113,7 @@ class Kind(ABC):
 
     def serves(self, task_ids: Any, number: int) -> Any:
         """Whether rows of these ids (of ``Batch.task_ids_B``) are for the task with this number."""
-        return (task_ids == number) | ((task_ids == -1) & (self.mode != "decoder"))
+        return (task_ids == number) | ((task_ids == -1) & (self.mode not in OWN_ROWS))
 
     def num_keys(self, labels: Sequence[str]) -> int:
         """Numbers in a key K, see ``keys``. Without any, the contrastive loss has two dropout views

@@ -9,6 +9,7 @@ from comoe.deferred import Deferred
 from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike
 from comoe.tasks.kinds.classification import MultiLabel, SingleLabel
 from comoe.tasks.kinds.generation import LabelWords, Text
+from comoe.tasks.kinds.masked import MaskedWords
 from comoe.tasks.kinds.regression import Regression
 from comoe.tasks.kinds.tagging import Phrases, Tags
 from comoe.types import IGNORED
@@ -24,7 +25,7 @@ class Unlabelled(Kind):
     """Posts without label: no loss of its own, no prediction, no score. Parsed: 0, whatever the
     cell. Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
 
-    scored = False
+    scored = predicts = False
     metrics = ("none",)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
@@ -64,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "tags": Tags(),
     "phrases": Phrases(),
     "unlabelled": Unlabelled(),
+    "masked_words": MaskedWords(),
     "text": Text(),
     "label_words": LabelWords(),
 }

@@ -78,6 +78,7 @@ PARAMETER_GROUPS: dict[str, str] = {
     "encoder": "encoder",
     "task_embedding": "router",
     "heads": "heads",
+    "masked_heads": "heads",
     "projection": "heads",
     "tower": "encoder",
     "fusion": "heads",

@@ -47,7 +47,7 @@ CELLS["phrases"] = CELLS["tags"]
 CELLS["label_words"] = CELLS["single_label"]
 CELLS["text"] = [(4, "battery life"), None, (2, "\U0001f50b 电池"), (1, "x"), (3, "battery life")]
 WEIGHTED = [name for name, kind in KINDS.items() if kind.min_labels]
-SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
+SCORED = sorted(name for name, kind in KINDS.items() if kind.predicts)
 
 
 def task_of(kind: str, *, weighted: bool = False) -> Task:
