@@ -47,7 +47,6 @@ LONG_FILES = {
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
     "comoe/tasks/kinds/base.py": "what every kind of task knows, and the losses that several kinds share",
     "comoe/models/model.py": "the parts of a model and the one forward pass through all of them",
-    "comoe/config/validate.py": "every rule that binds several options, and their one table",
     "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
 }
 """File over 400 lines -> why it is one piece."""
