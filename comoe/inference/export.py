@@ -1,7 +1,8 @@
 """Exports: a trained model as a folder in Hugging Face style. No DeepSpeed, no pickle.
 
 ``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (``export_config``), the
-tokenizer's files, and ``README.md``, the model card. ``exported`` reads them.
+tokenizer's files, ``lexicon.json`` where the model reads a lexicon, and ``README.md``, the model
+card. ``exported`` reads them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from comoe.inference.exported import describe_tokenizer, load_exported, read_ima
 from comoe.inference.model_card import model_card
 from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task, tasks_from
 
 FOR_TRAINING = "image_text."
@@ -61,6 +63,8 @@ class Backbone:
     """``tower.inner.config.to_dict()``; None where the model has no vision tower."""
     image_processor: ImageProcessor | None = None
     """The vision tower's; None where the model reads no images."""
+    lexicon: Lexicon | None = None
+    """The run's; None where it has none."""
 
 
 def export_model(
@@ -112,6 +116,8 @@ def export_model(
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
         if image_processor is not None:
             image_processor.save(aside)
+        if backbone.lexicon is not None and recipe.model.lexicon.input:
+            backbone.lexicon.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
         (aside / CARD).write_text(_card(folder.name, **about), encoding="utf-8")
         if seen is not None and seen.is_file():
@@ -182,6 +188,7 @@ def export_checkpoint(
             load_tokenizer(str(run / "tokenizer")),
             read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
             read_image_processor(run / "tokenizer"),
+            Lexicon.load(run / "tokenizer"),
         ),
         results=results,
         seen=run / SEEN,

@@ -89,7 +89,11 @@ def score(
     exported = predictor.exported
     seen = _seen(exported.folder / SEEN, posts)
     split = tokenize_split(
-        posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
+        posts,
+        exported.tokenizer,
+        tasks=exported.tasks,
+        config=exported.data_config,
+        lexicon=exported.lexicon,
     )
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         passes = {"batch_size": batch_size, "progress": bar.update}

@@ -17,6 +17,7 @@ from comoe.models.encoders.build import (
 )
 from comoe.models.model import MultiTaskModel
 from comoe.models.vision.tower import build_tower, build_tower_from_config, build_tower_shape
+from comoe.tasks.lexicon import Lexicon, load_lexicon
 from comoe.tasks.task import Task, decoder_tasks
 
 
@@ -30,6 +31,7 @@ def build_model(
     recompute: bool = False,
     shape: bool = False,
     plain: bool = False,
+    lexicon: Lexicon | None = None,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
 
@@ -44,6 +46,7 @@ def build_model(
         shape: build it on the meta device, every size and no number, so that a plan of the largest
             model takes no memory; of encoder and tower only config.json is read.
         plain: with ``encoder_config``, as of ``build_encoder_from_config``.
+        lexicon: that ``config.lexicon`` names; None reads it.
     """
     generates, vision = bool(decoder_tasks(tasks)), config.vision
     if shape:
@@ -64,8 +67,11 @@ def build_model(
         # alike on all.
         with torch.random.fork_rng([]):
             tower = build_tower(vision, trust_remote_code=config.trust_remote_code)
+    if lexicon is None and config.lexicon.path is not None:
+        lexicon = load_lexicon(config.lexicon.path)
+    more = {"tower": tower, "image_text": image_text, "lexicon": lexicon}
     with torch.device("meta") if shape else nullcontext():
-        model = MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text)
+        model = MultiTaskModel(encoder, tasks, config, **more)
     if recompute:
         recompute_layers(model.encoder, model.holder)
     return model

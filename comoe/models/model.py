@@ -23,6 +23,7 @@ from comoe.models.encoders.families import (
     stacks_of,
 )
 from comoe.models.encoders.input_scaling import input_weights, note_inputs, scale_inputs
+from comoe.models.encoders.lexicon import build_lexicon_input
 from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, attention_of, probe, run_heads
 from comoe.models.moe.block import (
     AutoEPConfig,
@@ -36,17 +37,12 @@ from comoe.models.moe.gate import GATES, draw
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import build_image_text_head, image_text_output
 from comoe.models.vision.tower import Tower, expected_tokens
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, ModelOutput, Probe, Sharing
 
 HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
-
-
-def _projection(width: int, projected: int) -> nn.Linear:
-    projection = nn.Linear(width, projected, bias=False)
-    nn.init.normal_(projection.weight, std=0.02)
-    return projection
 
 
 class MultiTaskModel(nn.Module):
@@ -60,6 +56,7 @@ class MultiTaskModel(nn.Module):
         tower: reads images; None where the model reads none, or where its encoder does.
         image_text: ``loss.image_text``, to be trained for it too; None where it only predicts, as
             in an export.
+        lexicon: that ``model.lexicon`` names; None where it names none.
     """
 
     def __init__(
@@ -70,6 +67,7 @@ class MultiTaskModel(nn.Module):
         *,
         tower: Tower | None = None,
         image_text: ImageTextConfig | None = None,
+        lexicon: Lexicon | None = None,
     ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
@@ -98,7 +96,8 @@ class MultiTaskModel(nn.Module):
         # Nothing to project, and no gradient, without a head that pools (models of tags alone have
         # always had one).
         if not has_decoder or any(head.pooling is not None for head in self.heads):
-            self.projection = _projection(width, config.projection_width)
+            self.projection = nn.Linear(width, config.projection_width, bias=False)
+            nn.init.normal_(self.projection.weight, std=0.02)
         self.is_causal = family_of(encoder.config.model_type).causal
         embed = None if self.task_embedding is None else self.task_embedding.__call__
         parts = (encoder, tasks, self.holder, embed)
@@ -114,6 +113,9 @@ class MultiTaskModel(nn.Module):
         private = [PrivatePart(width, own, dropout=dropout) for _ in tasks] if own else []
         self.private = nn.ModuleList(private) if private else None
         self.task_attention = attention_of(self.heads, width, config.task_attention_width)
+        self.word_numbers = 0 if lexicon is None else lexicon.width
+        wanted = lexicon if config.lexicon.input else None
+        self.lexicon = build_lexicon_input(wanted, encoder, self.holder, self.fusion)
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
         # Behind what scales them.
@@ -196,7 +198,8 @@ class MultiTaskModel(nn.Module):
             draws_B = batch.row_ids_B
             for salt in (self.holder.seed, max(batch.step, 0), self.holder.view):
                 draws_B = draw(draws_B, salt)
-        return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
+        more = (batch.text_numbers_B, draws_B, batch.lexicon_BLK)
+        return Texts(*rows, batch.task_ids_B, weights_B, *more)
 
     def head_outputs(
         self,
@@ -332,7 +335,7 @@ class MultiTaskModel(nn.Module):
         context = RoutingContext(
             index_S, token_rows_S, input_weights_B=texts.weights_B, fan_out=fan_out
         )
-        context.draws_B = texts.draws_B
+        context.draws_B, context.lexicon_BLK = texts.draws_B, read.lexicon_BLK
         context.selected = self._by_layer(selected)
         # A filler row has no task; its output is never used, so any will do.
         tasks_B = texts.tasks_B.clamp_min(0)
