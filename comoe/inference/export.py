@@ -42,7 +42,6 @@ from comoe.inference.checkpoint_folder import (
 from comoe.inference.export_config import CONFIG, WEIGHTS, export_config
 from comoe.inference.exported import describe_tokenizer, load_exported, read_image_processor
 from comoe.inference.model_card import model_card
-from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
 from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task, tasks_from
@@ -201,16 +200,16 @@ def _averaged(
 ) -> tuple[Recipe, Mapping[str, Tensor]]:
     """Recipe and weights with the mean in the place of experts that training drew from; others as they are."""
     moe = recipe.model.moe
-    if not moe.num_experts or not GATES[moe.gate].draws:
+    gate = build_gate(moe, model_width=1) if moe.num_experts else None
+    if gate is None or not gate.draws:
         return recipe, state_dict
-    scale = build_gate(moe, model_width=1).scale
     weights = dict(state_dict)
     for name, weight in state_dict.items():
         if ".block.mixture.gate." in name:
             weights[name] = weight[:1]
         elif ".block.mixture.experts." in name:
             mean = weight.mean(dim=0, keepdim=True)
-            weights[name] = scale * mean if name.endswith("down_proj") else mean
+            weights[name] = gate.scale * mean if name.endswith("down_proj") else mean
     one = {"num_experts": 1, "gate": "sigmoid", "gate_scale": 1.0, "cooperation_threshold": 0.0}
     model = replace(recipe.model, moe=replace(moe, **one))
     return replace(recipe, model=model), weights

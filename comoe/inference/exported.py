@@ -66,8 +66,7 @@ class Exported:
         """Makes batches as training did."""
         pixels = None
         if self.image_processor is not None:
-            from comoe.data.images.check import limits_of
-            from comoe.data.images.pixels import PixelReader
+            from comoe.data.images.pixels import PixelReader, limits_of
 
             pixels = PixelReader(self.image_processor, limits_of(self.data_config))
         config, most = self.model_config, self.data_config.max_posts

@@ -22,7 +22,6 @@ from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel
-from comoe.models.moe.router import build_gate
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import (
     IGNORED,
@@ -82,9 +81,7 @@ def _balance(parts: Parts) -> Term | None:
 def _z(parts: Parts) -> Term | None:
     if not parts.loss.z_weight or not parts.moe.num_experts:
         return None
-    return Term(
-        parts.loss.z_weight, ZLoss(build_gate(parts.moe, parts.model.config.hidden_size).z_penalty)
-    )
+    return Term(parts.loss.z_weight, ZLoss.of(parts.moe, parts.model.config.hidden_size))
 
 
 def _task_separation(parts: Parts) -> Term | None:

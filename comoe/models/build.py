@@ -15,6 +15,7 @@ from comoe.models.encoders.build import (
     build_encoder_from_config,
     build_encoder_shape,
 )
+from comoe.models.lexicon import add_lexicon
 from comoe.models.model import MultiTaskModel
 from comoe.models.vision.tower import build_tower, build_tower_from_config, build_tower_shape
 from comoe.tasks.lexicon import Lexicon, load_lexicon
@@ -69,9 +70,10 @@ def build_model(
             tower = build_tower(vision, trust_remote_code=config.trust_remote_code)
     if lexicon is None and config.lexicon.path is not None:
         lexicon = load_lexicon(config.lexicon.path)
-    more = {"tower": tower, "image_text": image_text, "lexicon": lexicon}
     with torch.device("meta") if shape else nullcontext():
-        model = MultiTaskModel(encoder, tasks, config, **more)
+        model = MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text)
+        if lexicon is not None:
+            add_lexicon(model, lexicon, as_input=config.lexicon.input)
     if recompute:
         recompute_layers(model.encoder, model.holder)
     return model

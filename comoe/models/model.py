@@ -23,7 +23,6 @@ from comoe.models.encoders.families import (
     stacks_of,
 )
 from comoe.models.encoders.input_scaling import input_weights, note_inputs, scale_inputs
-from comoe.models.encoders.lexicon import build_lexicon_input
 from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, attention_of, probe, run_heads
 from comoe.models.moe.block import (
     AutoEPConfig,
@@ -37,7 +36,6 @@ from comoe.models.moe.gate import GATES, draw
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import build_image_text_head, image_text_output
 from comoe.models.vision.tower import Tower, expected_tokens
-from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, ModelOutput, Probe, Sharing
 
@@ -56,7 +54,6 @@ class MultiTaskModel(nn.Module):
         tower: reads images; None where the model reads none, or where its encoder does.
         image_text: ``loss.image_text``, to be trained for it too; None where it only predicts, as
             in an export.
-        lexicon: that ``model.lexicon`` names; None where it names none.
     """
 
     def __init__(
@@ -67,7 +64,6 @@ class MultiTaskModel(nn.Module):
         *,
         tower: Tower | None = None,
         image_text: ImageTextConfig | None = None,
-        lexicon: Lexicon | None = None,
     ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
@@ -113,9 +109,7 @@ class MultiTaskModel(nn.Module):
         private = [PrivatePart(width, own, dropout=dropout) for _ in tasks] if own else []
         self.private = nn.ModuleList(private) if private else None
         self.task_attention = attention_of(self.heads, width, config.task_attention_width)
-        self.word_numbers = 0 if lexicon is None else lexicon.width
-        wanted = lexicon if config.lexicon.input else None
-        self.lexicon = build_lexicon_input(wanted, encoder, self.holder, self.fusion)
+        self.lexicon, self.word_numbers = None, 0  # ``add_lexicon`` sets them
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
         # Behind what scales them.

@@ -10,8 +10,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.collator import Collator
 from comoe.data.columns import find_domains
 from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.images.check import limits_of
-from comoe.data.images.pixels import PixelReader, load_image_processor
+from comoe.data.images.pixels import PixelReader, limits_of, load_image_processor
 from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.distributed import barrier, is_main

@@ -11,6 +11,7 @@ from comoe.config.recipe import ContrastiveConfig, LexiconConfig, LossConfig, Mo
 from comoe.config.validate import validate
 from comoe.losses.objective import Objective, count_units
 from comoe.models.build import build_model
+from comoe.models.lexicon import add_lexicon
 from comoe.tasks.lexicon import Lexicon
 from comoe.types import LEXICON
 from tests.helpers_model import (
@@ -172,10 +173,13 @@ def test_what_goes_against_the_rules_is_refused(changes, named):
 
 
 def test_an_encoder_that_reads_images_among_the_words_is_refused():
-    from comoe.models.encoders.lexicon import build_lexicon_input
-
     class InEncoder:
         in_encoder = True
 
+    model = model_of(lexicon=None)
+    del model.fusion
+    model.fusion = InEncoder()
     with pytest.raises(ValueError, match=r"model.lexicon.input .* choose fusion concat"):
-        build_lexicon_input(WORDS, None, None, InEncoder())
+        add_lexicon(model, WORDS, as_input=True)
+    add_lexicon(model, WORDS, as_input=False)
+    assert (model.word_numbers, model.lexicon) == (2, None)

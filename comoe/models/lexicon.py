@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.encoders.families import stacks_of
+from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import ContextHolder
-from comoe.models.vision.fusion import Fusion
 from comoe.tasks.lexicon import Lexicon
 
 
@@ -43,19 +43,18 @@ class LexiconInput(nn.Module):
         return F.linear(numbers_BLK.to(self.weight.dtype), self.weight)
 
 
-def build_lexicon_input(
-    lexicon: Lexicon | None, encoder: nn.Module, holder: ContextHolder, fusion: Fusion | None
-) -> LexiconInput | None:
-    """The input of a lexicon; None without one.
+def add_lexicon(model: MultiTaskModel, lexicon: Lexicon, *, as_input: bool) -> None:
+    """Let a model know how many numbers a word has, and ``as_input`` read them; in place.
 
     Raises:
-        ValueError: the encoder reads images too, as ``fusion`` says.
+        ValueError: an input, but the encoder reads images too.
     """
-    if lexicon is None:
-        return None
-    if fusion is not None and fusion.in_encoder:
+    model.word_numbers = lexicon.width
+    if not as_input:
+        return
+    if model.fusion is not None and model.fusion.in_encoder:
         raise ValueError(
             "model.lexicon.input is true, but the encoder reads images among the words (a ViLT, or "
             "model.vision.fusion tokens); set it to false, or choose fusion concat, attention or gated."
         )
-    return LexiconInput(encoder, holder, lexicon)
+    model.lexicon = LexiconInput(model.encoder, model.holder, lexicon)
