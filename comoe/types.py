@@ -25,9 +25,10 @@ IGNORED = -100
 """Label id of a position without a label; what torch's cross-entropy skips."""
 
 
-DOMAINS, TOKENS, TARGET_TOKENS = -3, -2, -1
-"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss
-predicts, over the encoder's real tokens, and over the target tokens of a decoder."""
+LEXICON, DOMAINS, TOKENS, TARGET_TOKENS = -4, -3, -2, -1
+"""Places in ``Batch.unit_scale_T`` of the mean over words of the lexicon, over posts with a value
+that the adversarial loss predicts, over the encoder's real tokens, and over the target tokens of a
+decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Batch:
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
     then the same for the labeled posts of each task, for its soft labels (``soft_scales``), and at
-    ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (3 T + 3,). Set by the trainer, None outside
+    ``LEXICON``, ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (3 T + 4,). Set by the trainer, None outside
     training."""
 
     pixels_I3HW: Tensor | None = None
@@ -104,6 +105,12 @@ class Batch:
     """Rows with the same number are read together for one task: the posts of an author, or a post
     and its neighbors; the first one has the labels, int64. None where each row is alone."""
 
+    lexicon_BLK: Tensor | None = None
+    """Standardized numbers of the lexicon's entry that a token is a piece of, and 1 behind them, float32; 0 on
+    other tokens. None without ``model.lexicon``."""
+    lexicon_starts_BL: Tensor | None = None
+    """True on the first piece of each entry, bool; likewise."""
+
     def leads_B(self) -> Tensor:
         """True on the first row of those that are read together, bool; on all where each is alone."""
         # All true, of NumPy or PyTorch as the batch is.
@@ -130,7 +137,7 @@ class Batch:
         kept = {
             item.name: value[rows_R]
             for item in fields(self)
-            if item.name.endswith(("_B", "_BL", "_BD"))
+            if item.name.endswith(("_B", "_BL", "_BLK", "_BD"))
             and isinstance(value := getattr(self, item.name), torch.Tensor)
         }
         for name in ("labels", "confidences", "soft_labels"):
@@ -153,7 +160,7 @@ class Batch:
 
 def soft_scales(scale_T: Tensor, num_tasks: int) -> Tensor:
     """The part of ``Batch.unit_scale_T`` that is of soft labels, (T,)."""
-    return scale_T[DOMAINS - num_tasks : DOMAINS]
+    return scale_T[LEXICON - num_tasks : LEXICON]
 
 
 def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
@@ -310,7 +317,7 @@ class StepOutput:
     ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``,
     ``z``, ``task_separation``, ``orthogonal``, ``soft_sharing``, ``r_drop``, ``adversarial``,
     ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``,
-    ``adversarial_lambda``."""
+    ``adversarial_lambda``, ``lexicon``."""
     output: ModelOutput
     """The model's output, for training metrics and statistics."""
     gram_TT: Tensor | None = None

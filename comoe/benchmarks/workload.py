@@ -20,6 +20,7 @@ from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.models.encoders.build import build_encoder, build_encoder_from_config
 from comoe.starter.registry import resolve
+from comoe.tasks.lexicon import load_lexicon
 
 RECIPE, SMOKE = ROOT / "launch/configs/starter.yaml", ROOT / "launch/configs/smoke.yaml"
 """The default recipe, and its replacement where the starter kit is not available."""
@@ -62,10 +63,11 @@ def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collato
     """About ``limit`` training posts of each data set, and their collator."""
     corpus = load_corpus(replace(recipe, data=replace(recipe.data, limit_per_task=limit)))
     tokenizer = load_tokenizer(recipe.model.encoder)
-    split = tokenize_split(
-        corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data
-    )
-    return split, Collator(tokenizer, corpus.tasks)
+    path = recipe.model.lexicon.path
+    lexicon = None if path is None else load_lexicon(path)
+    about = {"tasks": corpus.tasks, "config": recipe.data, "lexicon": lexicon}
+    split = tokenize_split(corpus.splits["train"], tokenizer, **about)
+    return split, Collator(tokenizer, corpus.tasks, lexicon=lexicon)
 
 
 @torch.no_grad()

@@ -158,6 +158,20 @@ class VisionConfig:
 
 
 @section
+class LexiconConfig:
+    """Numbers that a lexicon has for words, such as their valence."""
+
+    path: Given | None = None
+    """vader (the package of ``comoe[lexicon]``), or a file with a word or phrase and one or more
+    numbers per line, tabs or commas between; the lexicon's content goes into the export. Of a
+    concept hierarchy give 1 and 0 per concept. null reads none. ``loss.lexicon_weight`` learns to
+    predict the numbers; not with tasks that a decoder predicts."""
+    input: Flag = True
+    """Adds a linear map of a word's numbers, 0 at the start, to the embedding of each of its
+    pieces; false leaves them to ``loss.lexicon_weight``, and the export needs no lexicon."""
+
+
+@section
 class ModelConfig:
     """Encoder, experts and heads."""
 
@@ -214,6 +228,8 @@ class ModelConfig:
     """The experts."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The images."""
+    lexicon: LexiconConfig = field(default_factory=LexiconConfig)
+    """Words with numbers."""
 
     @property
     def row_per_task(self) -> bool:
@@ -357,6 +373,10 @@ class LossConfig:
     """Weight of the squared distance between two tasks' own layers (``model.own_layers``), soft
     parameter sharing (Duong et al. 2015); of T tasks the sum over pairs over T - 1. At 0 they part
     freely."""
+    lexicon_weight: NotNegative = 0.0
+    """Weight of an auxiliary regression: the last shared state of the first piece of a word of
+    ``model.lexicon`` predicts the word's standardized numbers, mean squared error over the words
+    of the lexicon in the whole optimizer step."""
     task_separation_weight: NotNegative = option(
         0.0, read_when="model.moe.num_experts > 1 and tasks > 1"
     )
@@ -886,6 +906,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "ImageTextConfig",
+    "LexiconConfig",
     "LossConfig",
     "ModelConfig",
     "MoeConfig",

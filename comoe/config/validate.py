@@ -252,6 +252,17 @@ def _encoder(recipe: Recipe) -> Broken:
             )
 
 
+def _lexicon(recipe: Recipe) -> Broken:
+    path, weight = recipe.model.lexicon.path, recipe.loss.lexicon_weight
+    if weight and path is None:
+        yield "loss.lexicon_weight", f"is {weight}; give model.lexicon.path too, or make it 0."
+    if path and not (weight or recipe.model.lexicon.input):
+        yield "model.lexicon.input", f"is false, so nothing reads {path}; set loss.lexicon_weight."
+    for name in (name for name, task in recipe.tasks.items() if path and task.kind in BY_DECODER):
+        rule = "whose prompt has no numbers of words; leave it out, or choose a kind with a head"
+        yield "model.lexicon.path", f"is {path}, but a decoder predicts {name}, {rule}."
+
+
 def _losses(recipe: Recipe) -> Broken:
     loss, sides = recipe.loss, recipe.loss.image_text
     if loss.r_drop_weight and loss.weighting in BY_GRADIENTS:
@@ -415,13 +426,9 @@ def _names(recipe: Recipe) -> Broken:
         if name in TAKEN:
             yield f"tasks.{name}", f"is no name for a task: {TAKEN[name]}; rename it."
         if (other := by_letters.setdefault(name.casefold(), name)) != name:
-            rule = (
-                "some file systems take their plots and predictions for the same files; rename one"
-            )
-            yield (
-                f"tasks.{name}",
-                f"and tasks.{other} differ by upper and lower case alone; {rule}.",
-            )
+            rule = "some file systems take their plots and predictions for the same files"
+            shown = f"and tasks.{other} differ by upper and lower case alone; {rule}; rename one."
+            yield f"tasks.{name}", shown
 
 
 TAKEN = dict.fromkeys(OWN_COLUMNS, "each prediction has a field of that name itself") | {
@@ -436,6 +443,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _tasks,
     _encoder,
     _experts,
+    _lexicon,
     _losses,
     _added_losses,
     _fractions,

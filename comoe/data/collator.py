@@ -24,6 +24,7 @@ from comoe.data.tokens.split import (
 )
 from comoe.data.tokens.tokenize import tokenize
 from comoe.deferred import Deferred
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import TOGETHER, Task, decoder_tasks, head_tasks, masked_tasks
 from comoe.types import IGNORED, Batch
 
@@ -53,6 +54,7 @@ class Collator:
         pixels: reads the posts' images; None leaves them alone.
         domains: what the adversarial loss predicts of posts; None predicts nothing.
         max_posts: ``data.max_posts``.
+        lexicon: of the model.
 
     Raises:
         ValueError: label words that the tokenizer does not know or cannot
@@ -69,12 +71,14 @@ class Collator:
         pixels: PixelReader | None = None,
         domains: Domains | None = None,
         max_posts: int = DataConfig().max_posts,
+        lexicon: Lexicon | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
         self.pixels = pixels
         self.domains = domains
         self.max_posts = max_posts
+        self.lexicon = lexicon
         self._row_per_task = row_per_task
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
@@ -161,7 +165,15 @@ class Collator:
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         pad = functools.partial(_padded, length=length)
         hidden = [() if row.masked_ids is None else row.masked_ids for row in rows]
+        of_lexicon = {}
+        if self.lexicon is not None:
+            entries_BL = pad([() if row.entries is None else row.entries for row in rows])
+            of_lexicon = {
+                "lexicon_BLK": self.lexicon.features[abs(entries_BL)],
+                "lexicon_starts_BL": entries_BL > 0,
+            }
         return {
+            **of_lexicon,
             "input_ids_BL": pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
             "attention_mask_BL": pad([np.ones(len(row.input_ids)) for row in rows]),
             "token_type_ids_BL": pad([row.token_types for row in rows]) if self._segments else None,
@@ -218,7 +230,8 @@ class Collator:
             tokens = no_tokens(len(posts))
         else:
             flat = hidden(flattened(posts), hide)
-            tokens = tokenize(flat, self.tokenizer, max_length=max_length, normalize=normalize)
+            cut = {"max_length": max_length, "normalize": normalize}
+            tokens = tokenize(flat, self.tokenizer, **cut, lexicon=self.lexicon)
         wording = Wording(self.tokenizer, max_length=max_length, normalize=normalize)
         return assemble_split(posts, seen, tokens, tasks=self.tasks, wording=wording, asked=asked)
 

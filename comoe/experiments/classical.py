@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from comoe.experiments.lexicon import SIDES, VADER_EDGE, applies, by_words, read_lexicon, vader
+from comoe.experiments.lexicon import SIDES, VADER_EDGE, applies, by_words, vader
 from comoe.tasks.kinds.classification import MultiLabel
 from comoe.tasks.labels import split_words
+from comoe.tasks.lexicon import read_lexicon
 from comoe.tasks.task import Task
 
 Predict = Callable[[Sequence[str]], np.ndarray]

@@ -53,5 +53,6 @@ def load_trained(
         tasks=exported.tasks,
         config=exported.data_config,
         cache_dir=cache,
+        lexicon=exported.lexicon,
     )
     return predictor, tokens

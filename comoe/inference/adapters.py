@@ -91,11 +91,15 @@ def gates_of_tasks(exported: Exported, instead: str) -> dict[int, Tensor]:
         instead: what to do where there are no such weights.
 
     Raises:
-        ValueError: no LoRA experts, or a gate that differs from token to token.
+        ValueError: no LoRA experts, a gate that differs from token to token, or a lexicon that the
+            encoder reads.
     """
     model, moe = exported.model, exported.model_config.moe
     if not adapters_of(model.encoder):
         raise ValueError(f"the model has no LoRA experts (model.moe.form: lora); {instead}.")
+    if model.lexicon is not None:
+        rule = "what a lexicon says of a word has no place in a model that reads token ids alone"
+        raise ValueError(f"model.lexicon.input is true: {rule}; {instead}.")
     if ROUTES[moe.route_by].token and moe.num_experts > 1:
         raise ValueError(
             f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to "

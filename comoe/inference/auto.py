@@ -50,7 +50,8 @@ class ComoeModel(PreTrainedModel):
         self._folder = exported.folder
         by_post = not exported.model_config.row_per_task or len(exported.tasks) == 1
         decoded = any(task.mode == "decoder" for task in exported.tasks)
-        self._plain = by_post and not decoded and exported.image_processor is None
+        more = (exported.image_processor, exported.lexicon)
+        self._plain = by_post and not decoded and more == (None, None)
 
     @classmethod
     def from_pretrained(
@@ -89,11 +90,11 @@ class ComoeModel(PreTrainedModel):
         """Logits of every task, as the tokenizer of the export made the inputs, (B, L) each.
 
         Raises:
-            ValueError: the model reads more than token ids: a task, a prompt, or images.
+            ValueError: the model reads more than token ids: a task, a prompt, images, or a lexicon.
         """
         if not self._plain:
             raise ValueError(
-                "this model reads more than token ids (the task, a prompt or images); use comoe.Predictor."
+                "this model reads more than token ids (the task, a prompt, images or a lexicon); use comoe.Predictor."
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows_B = torch.arange(len(input_ids), device=input_ids.device)

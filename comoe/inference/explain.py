@@ -314,13 +314,17 @@ class _Row:
     def _run(self, ids_NL: Tensor, selected: Sequence[Tensor] = ()) -> ModelOutput:
         """The model on rows that differ from this one by their words alone."""
         (N, L), own = ids_NL.shape, self.batch
-        segments_BL, images = own.token_type_ids_BL, {}
+        segments_BL, more = own.token_type_ids_BL, {}
         rows_N = torch.arange(N, device=ids_NL.device)
         if own.pixels_I3HW is not None:
             there = own.image_rows_I is not None and int(own.image_rows_I[0]) >= 0
             rows_I = rows_N if there else own.image_rows_I
-            images = {"pixels_I3HW": own.pixels_I3HW, "image_rows_I": rows_I}
-            images["image_numbers_I"] = torch.zeros_like(rows_I)
+            more = {"pixels_I3HW": own.pixels_I3HW, "image_rows_I": rows_I}
+            more["image_numbers_I"] = torch.zeros_like(rows_I)
+        if own.lexicon_BLK is not None:
+            # What a masked word's numbers say is part of the word.
+            told_NL1 = (ids_NL == own.input_ids_BL[:, :L])[:, :, None]
+            more["lexicon_BLK"] = own.lexicon_BLK[:, :L] * told_NL1
         batch = Batch(
             input_ids_BL=ids_NL,
             attention_mask_BL=torch.ones_like(ids_NL),
@@ -328,7 +332,7 @@ class _Row:
             word_starts_BL=torch.zeros_like(ids_NL, dtype=torch.bool),
             task_ids_B=own.task_ids_B.expand(N),
             row_ids_B=rows_N,
-            **images,
+            **more,
         )
         # Those of the text tokens of all rows, then those of their image tokens.
         chosen = [

@@ -1,7 +1,8 @@
 """Exports: a trained model as a folder in Hugging Face style. No DeepSpeed, no pickle.
 
 ``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (``export_config``), the
-tokenizer's files, and ``README.md``, the model card. ``exported`` reads them.
+tokenizer's files, ``lexicon.json`` where the model reads a lexicon, and ``README.md``, the model
+card. ``exported`` reads them.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from comoe.inference.checkpoint_folder import (
 from comoe.inference.export_config import CONFIG, WEIGHTS, export_config
 from comoe.inference.exported import describe_tokenizer, load_exported, read_image_processor
 from comoe.inference.model_card import model_card
-from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task, tasks_from
 
 FOR_TRAINING = "image_text."
@@ -61,6 +62,8 @@ class Backbone:
     """``tower.inner.config.to_dict()``; None where the model has no vision tower."""
     image_processor: ImageProcessor | None = None
     """The vision tower's; None where the model reads no images."""
+    lexicon: Lexicon | None = None
+    """The run's; None where it has none."""
 
 
 def export_model(
@@ -112,6 +115,8 @@ def export_model(
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
         if image_processor is not None:
             image_processor.save(aside)
+        if backbone.lexicon is not None and recipe.model.lexicon.input:
+            backbone.lexicon.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
         (aside / CARD).write_text(_card(folder.name, **about), encoding="utf-8")
         if seen is not None and seen.is_file():
@@ -182,6 +187,7 @@ def export_checkpoint(
             load_tokenizer(str(run / "tokenizer")),
             read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
             read_image_processor(run / "tokenizer"),
+            Lexicon.load(run / "tokenizer"),
         ),
         results=results,
         seen=run / SEEN,
@@ -194,16 +200,16 @@ def _averaged(
 ) -> tuple[Recipe, Mapping[str, Tensor]]:
     """Recipe and weights with the mean in the place of experts that training drew from; others as they are."""
     moe = recipe.model.moe
-    if not moe.num_experts or not GATES[moe.gate].draws:
+    gate = build_gate(moe, model_width=1) if moe.num_experts else None
+    if gate is None or not gate.draws:
         return recipe, state_dict
-    scale = build_gate(moe, model_width=1).scale
     weights = dict(state_dict)
     for name, weight in state_dict.items():
         if ".block.mixture.gate." in name:
             weights[name] = weight[:1]
         elif ".block.mixture.experts." in name:
             mean = weight.mean(dim=0, keepdim=True)
-            weights[name] = scale * mean if name.endswith("down_proj") else mean
+            weights[name] = gate.scale * mean if name.endswith("down_proj") else mean
     one = {"num_experts": 1, "gate": "sigmoid", "gate_scale": 1.0, "cooperation_threshold": 0.0}
     model = replace(recipe.model, moe=replace(moe, **one))
     return replace(recipe, model=model), weights

@@ -88,6 +88,10 @@ def export_config(
     # The paths of the machine that trained are of no use to others.
     model["encoder"] = base_model(recipe.model.encoder)
     model["start_from"] = None
+    if recipe.model.lexicon.path is not None:
+        # Where nothing but a loss reads it, a prediction needs none.
+        name = Path(recipe.model.lexicon.path).name
+        model["lexicon"]["path"] = name if recipe.model.lexicon.input else None
     if recipe.model.vision.tower is not None:
         model["vision"]["tower"] = base_model(recipe.model.vision.tower)
     return {

@@ -25,6 +25,7 @@ from comoe.inference.export_config import (
     recipe_of_export,
 )
 from comoe.inference.onnx_model import ONNX, OnnxModel
+from comoe.tasks.lexicon import FILE, Lexicon
 from comoe.tasks.task import Task, tasks_from
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Exported:
     """``config.json`` as it is."""
     folder: Path
     """Where it was read from."""
+    lexicon: Lexicon | None = None
+    """That the model reads; None where it reads none."""
 
     @property
     def backend(self) -> str:
@@ -63,13 +66,13 @@ class Exported:
         """Makes batches as training did."""
         pixels = None
         if self.image_processor is not None:
-            from comoe.data.images.check import limits_of
-            from comoe.data.images.pixels import PixelReader
+            from comoe.data.images.pixels import PixelReader, limits_of
 
             pixels = PixelReader(self.image_processor, limits_of(self.data_config))
         config, most = self.model_config, self.data_config.max_posts
         return Collator(
-            self.tokenizer, self.tasks, row_per_task=config.row_per_task, pixels=pixels, max_posts=most
+            self.tokenizer, self.tasks, row_per_task=config.row_per_task, pixels=pixels, max_posts=most,
+            lexicon=self.lexicon,
         )  # fmt: skip
 
 
@@ -119,6 +122,9 @@ def load_exported(
     # A vision tower and a decoder are models of transformers, and plugins may know no others.
     decodes = any(task.mode == "decoder" for task in tasks)
     plain = plain and not (config.get("plugins") or config.get("tower") or decodes)
+    lexicon = None
+    if recipe.model.lexicon.path is not None and (lexicon := Lexicon.load(folder)) is None:
+        raise ValueError(f"{folder}: the model reads a lexicon, but {FILE} is missing; {AGAIN}.")
     model, longest = load(folder, config, recipe, tasks, threads=threads, plain=plain)
     tokenizer = read_tokenizer(folder, config, plain=plain)
     with parsing(folder / IMAGES, AGAIN):
@@ -128,7 +134,8 @@ def load_exported(
             f"{folder}: the model reads images, but {IMAGES} is missing; copy or export it again."
         )
     data = replace(recipe.data, max_length=min(recipe.data.max_length, longest))
-    return Exported(model, tasks, tokenizer, processor, recipe.model, data, config, folder)
+    about = (recipe.model, data, config, folder, lexicon)
+    return Exported(model, tasks, tokenizer, processor, *about)
 
 
 def _load_torch(

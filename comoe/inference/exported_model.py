@@ -19,6 +19,7 @@ from comoe.inference.onnx_model import ONNX
 from comoe.models.build import build_model
 from comoe.models.encoders.bert import BertEncoder
 from comoe.models.model import MultiTaskModel
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import Task
 
 
@@ -80,6 +81,7 @@ def _build(
         "encoder_config": dict(config["encoder"]),
         "tower_config": config.get("tower"),
         "plain": plain,
+        "lexicon": Lexicon.load(place.parent),
     }
     if not config.get("plugins"):  # code that the user trusts may not know tensors without numbers
         with torch.device("meta"), _Unfilled():

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ class Graph(nn.Module):
         for layer in model.own_layers:
             layer.forward = partial(_every_copy, layer)
         reads = {"token_type_ids": model.has_segments, "task_ids": model.reads_tasks}
+        reads["lexicon"] = model.lexicon is not None
         self.inputs = [name for name in INPUTS if reads.get(name, True)]
 
     def forward(
@@ -122,6 +123,7 @@ class Graph(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
         task_ids: Tensor | None = None,
+        lexicon: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits and attentions by task, and the embedding of each row."""
         model, (rows, length) = self.model, input_ids.shape
@@ -131,6 +133,7 @@ class Graph(nn.Module):
         index_S = torch.arange(rows * length, device=input_ids.device)
         mask = attention_mask.to(torch.float32)
         context = _AllTokens(index_S, index_S // length, mask_S1=mask.reshape(-1, 1))
+        context.lexicon_BLK = lexicon
         if model.reads_tasks:
             context.task_ids_B = task_ids.clamp_min(0)
         if model.task_embedding is not None:
@@ -251,8 +254,7 @@ def write_onnx(model: MultiTaskModel, path: Path, batch: Batch, limit: int) -> N
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens", max=max(limit, 4))
     given = {name: getattr(batch, INPUTS[name]) for name in graph.inputs}
     shapes = {
-        name: {0: rows, 1: tokens} if value.ndim == 2 else {0: rows}
-        for name, value in given.items()
+        name: {0: rows, 1: tokens} if value.ndim > 1 else {0: rows} for name, value in given.items()
     }
     with _quiet(), torch.no_grad():
         outputs = list(graph(**given))
@@ -313,7 +315,11 @@ def sample_batches(model: MultiTaskModel, limit: int) -> list[Batch]:
         if not model.reads_tasks:
             tasks_B = torch.full_like(rows_B, -1)
         segments_BL = torch.zeros_like(ids_BL) if model.has_segments else None
-        batches.append(Batch(ids_BL, mask_BL, segments_BL, mask_BL.bool(), tasks_B, rows_B))
+        batch = Batch(ids_BL, mask_BL, segments_BL, mask_BL.bool(), tasks_B, rows_B)
+        if model.lexicon is not None:
+            numbers = (*shape, model.word_numbers + 1)
+            batch = replace(batch, lexicon_BLK=torch.randn(numbers, generator=generator))
+        batches.append(batch)
     return batches
 
 

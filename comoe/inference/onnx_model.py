@@ -43,6 +43,7 @@ INPUTS = {
     "attention_mask": "attention_mask_BL",
     "token_type_ids": "token_type_ids_BL",
     "task_ids": "task_ids_B",
+    "lexicon": "lexicon_BLK",
 }
 """Name of an input -> field of ``Batch``; a file has those that its model reads."""
 
@@ -105,9 +106,7 @@ class OnnxModel:
             some = slice(start, start + step)
             longest = int(lengths_B[some].max())
             part = {
-                name: np.ascontiguousarray(
-                    value[some, :longest] if value.ndim == 2 else value[some]
-                )
+                name: np.ascontiguousarray(value[some, :longest] if value.ndim > 1 else value[some])
                 for name, value in given.items()
             }
             parts.append(

@@ -88,9 +88,8 @@ def score(
     posts, unfit = read_labeled(choice, chosen, predictor=predictor, report=report, needed=by)
     exported = predictor.exported
     seen = _seen(exported.folder / SEEN, posts)
-    split = tokenize_split(
-        posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
-    )
+    about = {"tasks": exported.tasks, "config": exported.data_config, "lexicon": exported.lexicon}
+    split = tokenize_split(posts, exported.tokenizer, **about)
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         passes = {"batch_size": batch_size, "progress": bar.update}
         evaluation = score_split(predictor, split, sliced=chosen, **passes)

@@ -16,12 +16,12 @@ from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, 
 from comoe.losses.contrastive.loss import ContrastiveLoss, has_views
 from comoe.losses.distillation import SoftLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
+from comoe.losses.lexicon import LexiconLoss, count_words
 from comoe.losses.orthogonal import OrthogonalLoss, SoftSharingLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel
-from comoe.models.moe.router import build_gate
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import (
     IGNORED,
@@ -81,9 +81,7 @@ def _balance(parts: Parts) -> Term | None:
 def _z(parts: Parts) -> Term | None:
     if not parts.loss.z_weight or not parts.moe.num_experts:
         return None
-    return Term(
-        parts.loss.z_weight, ZLoss(build_gate(parts.moe, parts.model.config.hidden_size).z_penalty)
-    )
+    return Term(parts.loss.z_weight, ZLoss.of(parts.moe, parts.model.config.hidden_size))
 
 
 def _task_separation(parts: Parts) -> Term | None:
@@ -133,6 +131,14 @@ def _adversarial(parts: Parts) -> Term | None:
     return Term(config.weight, AdversarialLoss(config, model_width=width, num_domains=domains))
 
 
+def _lexicon(parts: Parts) -> Term | None:
+    weight, model = parts.loss.lexicon_weight, parts.model
+    if not weight:
+        return None
+    assert model.word_numbers, "the recipe's rules refuse it"
+    return Term(weight, LexiconLoss(model.config.hidden_size, model.word_numbers))
+
+
 LOSSES: dict[str, Callable[[Parts], Term | None]] = {
     "contrastive": _contrastive,
     "balance": _balance,
@@ -143,6 +149,7 @@ LOSSES: dict[str, Callable[[Parts], Term | None]] = {
     "orthogonal": _orthogonal,
     "soft_sharing": _soft_sharing,
     "adversarial": _adversarial,
+    "lexicon": _lexicon,
 }
 """Auxiliary term -> parts -> term, None where it is switched off. That of a plugin is made where
 ``loss.added`` gives it a weight."""
@@ -460,8 +467,8 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     """What each task's mean is divided by, the posts that it learns from, what the mean over its
-    soft labels is divided by, then the means at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``, in
-    one micro-batch: (3 T + 3,), float64.
+    soft labels is divided by, then the means at ``LEXICON``, ``DOMAINS``, ``TOKENS`` and
+    ``TARGET_TOKENS``, in one micro-batch: (3 T + 4,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
@@ -486,7 +493,8 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
             learned_B = learned_B | task.rules.soft_present(soft).reshape(len(soft), -1).any(dim=1)
         count = learned_B.sum(dtype=torch.float64)
         posts.append(count if task.rules.scored else torch.zeros_like(tokens))
-    return torch.stack([*units, *posts, *soft_units, count_domains(batch), tokens, targets])
+    more = (count_words(batch), count_domains(batch), tokens, targets)
+    return torch.stack([*units, *posts, *soft_units, *more])
 
 
 def _target_tokens(batch: Batch, tasks: Sequence[Task]) -> Tensor:

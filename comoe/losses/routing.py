@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from comoe.config.recipe import MoeConfig
 from comoe.distributed import sum_over_ranks, sum_with_gradient
+from comoe.models.moe.router import build_gate
 from comoe.types import TARGET_TOKENS, TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 
@@ -116,6 +118,11 @@ class ZLoss:
 
     def __init__(self, penalty: Callable[[Tensor], Tensor]) -> None:
         self.penalty = penalty
+
+    @classmethod
+    def of(cls, config: MoeConfig, model_width: int) -> ZLoss:
+        """With the penalty of the gate that ``model.moe`` asks for."""
+        return cls(build_gate(config, model_width).z_penalty)
 
     def begin_step(self) -> None:
         """Nothing is carried between micro-steps."""

@@ -15,8 +15,10 @@ from comoe.models.encoders.build import (
     build_encoder_from_config,
     build_encoder_shape,
 )
+from comoe.models.lexicon import add_lexicon
 from comoe.models.model import MultiTaskModel
 from comoe.models.vision.tower import build_tower, build_tower_from_config, build_tower_shape
+from comoe.tasks.lexicon import Lexicon, load_lexicon
 from comoe.tasks.task import Task, decoder_tasks
 
 
@@ -30,6 +32,7 @@ def build_model(
     recompute: bool = False,
     shape: bool = False,
     plain: bool = False,
+    lexicon: Lexicon | None = None,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
 
@@ -44,6 +47,7 @@ def build_model(
         shape: build it on the meta device, every size and no number, so that a plan of the largest
             model takes no memory; of encoder and tower only config.json is read.
         plain: with ``encoder_config``, as of ``build_encoder_from_config``.
+        lexicon: that ``config.lexicon`` names; None reads it.
     """
     generates, vision = bool(decoder_tasks(tasks)), config.vision
     if shape:
@@ -64,8 +68,12 @@ def build_model(
         # alike on all.
         with torch.random.fork_rng([]):
             tower = build_tower(vision, trust_remote_code=config.trust_remote_code)
+    if lexicon is None and config.lexicon.path is not None:
+        lexicon = load_lexicon(config.lexicon.path)
     with torch.device("meta") if shape else nullcontext():
         model = MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text)
+        if lexicon is not None:
+            add_lexicon(model, lexicon, as_input=config.lexicon.input)
     if recompute:
         recompute_layers(model.encoder, model.holder)
     return model

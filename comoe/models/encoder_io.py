@@ -88,15 +88,18 @@ class Texts:
     """Rows with the same number have the same ids and segments; None where each has its own."""
     draws_B: Tensor | None = None
     """As in ``RoutingContext``."""
+    lexicon_BLK: Tensor | None = None
+    """As in ``Batch``."""
 
     def take(self, rows: Tensor) -> Texts:
         """Some of them."""
+        lexicon = None if self.lexicon_BLK is None else self.lexicon_BLK[rows]
         segments = None if self.segments_BL is None else self.segments_BL[rows]
         weights = None if self.weights_B is None else self.weights_B[rows]
         numbers = None if self.numbers_B is None else self.numbers_B[rows]
         draws = None if self.draws_B is None else self.draws_B[rows]
         own = (self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows])
-        return Texts(*own, weights, numbers, draws)
+        return Texts(*own, weights, numbers, draws, lexicon)
 
     def beginning(self) -> Texts:
         """The first token of each, which with encoders is a sign that all texts begin with."""

@@ -116,6 +116,7 @@ class MultiTaskModel(nn.Module):
         self.masked_heads = nn.ModuleList(
             MaskedWordHead(encoder.get_input_embeddings(), width) for _ in self._masked
         )
+        self.lexicon, self.word_numbers = None, 0  # ``add_lexicon`` sets them
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
         # Behind what scales them.
@@ -199,7 +200,8 @@ class MultiTaskModel(nn.Module):
             draws_B = batch.row_ids_B
             for salt in (self.holder.seed, max(batch.step, 0), self.holder.view):
                 draws_B = draw(draws_B, salt)
-        return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
+        more = (batch.text_numbers_B, draws_B, batch.lexicon_BLK)
+        return Texts(*rows, batch.task_ids_B, weights_B, *more)
 
     def head_outputs(
         self,
@@ -354,7 +356,7 @@ class MultiTaskModel(nn.Module):
         context = RoutingContext(
             index_S, token_rows_S, input_weights_B=texts.weights_B, fan_out=fan_out
         )
-        context.draws_B = texts.draws_B
+        context.draws_B, context.lexicon_BLK = texts.draws_B, read.lexicon_BLK
         context.selected = self._by_layer(selected)
         # A filler row has no task; its output is never used, so any will do.
         tasks_B = texts.tasks_B.clamp_min(0)

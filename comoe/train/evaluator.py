@@ -128,7 +128,8 @@ def evaluate_noisy(
         posts = noisy(
             run.splits[split].posts, noise, rate=data.noise_rate, seed=run.recipe.train.seed
         )
-        tokens = tokenize_split(posts, run.collator.tokenizer, tasks=run.tasks, config=config)
+        about = {"tasks": run.tasks, "config": config, "lexicon": run.collator.lexicon}
+        tokens = tokenize_split(posts, run.collator.tokenizer, **about)
         evaluation = evaluate_split(run, name, split=tokens, tasks=tasks)
         assert evaluation is not None
         # Plots of each noise would hide those of the run.

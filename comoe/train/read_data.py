@@ -10,8 +10,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.collator import Collator
 from comoe.data.columns import find_domains
 from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.images.check import limits_of
-from comoe.data.images.pixels import PixelReader, load_image_processor
+from comoe.data.images.pixels import PixelReader, limits_of, load_image_processor
 from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.distributed import barrier, is_main
@@ -19,6 +18,7 @@ from comoe.evaluation.evaluate import check_chosen_metric
 from comoe.inference.teacher import DISTILLED, find_teachers
 from comoe.models.vision.tower import image_side
 from comoe.starter.registry import home, resolve
+from comoe.tasks.lexicon import load_lexicon
 from comoe.train.seen_before import posts_seen_before
 from comoe.train.state import total_steps
 
@@ -88,6 +88,11 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     tokenizer = load_tokenizer(
         recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code
     )
+    path = recipe.model.lexicon.path
+    lexicon = None if path is None else load_lexicon(path)
+    if lexicon is not None:
+        shape = f"{len(lexicon.numbers):,} words, numbers of each: {lexicon.width}"
+        corpus.report.notes.append(f"lexicon {path}: {shape}")
     cache = home() / "tokens" if recipe.data.cache else None
     teachers = find_teachers(recipe.distill, corpus.tasks)
     distilled = {name for teacher in teachers for name in teacher.columns}
@@ -100,6 +105,7 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
                 config=recipe.data,
                 cache_dir=cache,
                 distilled=distilled if name in DISTILLED else (),
+                lexicon=lexicon,
             )
             for name, posts in corpus.splits.items()
         }
@@ -112,7 +118,7 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     row_per_task = recipe.model.row_per_task
     return splits, Collator(
         tokenizer, corpus.tasks, row_per_task=row_per_task, pixels=pixels, domains=domains,
-        max_posts=recipe.data.max_posts,
+        max_posts=recipe.data.max_posts, lexicon=lexicon,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
 from comoe.data.seen_posts import SEEN, write_seen
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
+from comoe.tasks.lexicon import FILE, Lexicon
 from comoe.tasks.task import Task, tasks_from
 from comoe.train.environment import describe_environment
 from comoe.train.fault.supervisor import RUN_WORD, is_child, restart_record
@@ -145,6 +146,24 @@ def check_same_words(folder: Path, tokenizer: Any) -> None:
         )
 
 
+def check_same_lexicon(folder: Path, lexicon: Lexicon | None) -> None:
+    """Refuse to go on with another lexicon than a run learned with, which its export will have.
+
+    Raises:
+        ValueError: other words or numbers, or a lexicon in one of both alone.
+    """
+    began = Lexicon.load(folder / "tokenizer")
+    if (began and began.digest) != (lexicon and lexicon.digest):
+        now, then = (
+            f"a lexicon of {len(one.numbers):,} words" if one else "no lexicon"
+            for one in (lexicon, began)
+        )
+        raise ValueError(
+            f"model.lexicon.path gives {now}, but {folder} learned with {then} (tokenizer/{FILE}), of other words or "
+            "numbers; give the one that the run was begun with, or begin a new run with another run.name."
+        )
+
+
 def begun_in_bf16(folder: Path) -> bool | None:
     """Precision of the run in the folder; None where it was not yet begun."""
     filled = folder / FILLED_SETTINGS
@@ -251,6 +270,8 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         # Next to the tokenizer, as a part of preprocessing.
         with doing("writing", folder / "tokenizer"):
             run.collator.pixels.processor.save(folder / "tokenizer")
+    if run.collator.lexicon is not None:
+        run.collator.lexicon.save(folder / "tokenizer")
     write_atomic(
         folder / SET_ASIDE,
         "".join(json.dumps(row, default=str) + "\n" for row in run.report.rows()),

@@ -16,6 +16,7 @@ from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.router import build_gate
 from comoe.models.moe.upcycle import upcycle
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import TOGETHER, Task, head_tasks, masked_tasks
 from comoe.train.parallel.setup import ADAPTERS, parameter_group, set_weights
 
@@ -46,6 +47,8 @@ def start_from_export(config: ModelConfig, model: MultiTaskModel) -> list[str]:
         exported = read_export_config(folder)
         with safe_open(folder / WEIGHTS, "pt") as file:
             source = _Source(file.get_tensor, frozenset(file.keys()), exported)
+            lexicon = Lexicon.load(folder)
+            source.lexicon = lexicon and lexicon.digest
             set_weights(model, _fitting(source, config, model))
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"model.start_from ({folder}): {error}") from error
@@ -76,6 +79,7 @@ class _Source:
             name.removesuffix(ANY_BLOCK) for name in names if name.endswith(f".{ANY_BLOCK}")
         }
         self.moe: MoeConfig = recipe_of_export(config).model.moe
+        self.lexicon: str | None = None
         self.tasks = [Task.from_dict(plain) for plain in config["tasks"]]
 
     def number_of(self, task: Task) -> int | None:
@@ -114,6 +118,9 @@ def _fitting(
     wanted = model.state_dict().keys()
     for name, place in kept:
         if name not in wanted or name.startswith(tuple(blocks)):
+            continue
+        # Its columns are the numbers of that lexicon.
+        if name.startswith("lexicon.") and source.lexicon != model.lexicon.digest:
             continue
         if not adapters and parameter_group(name) in OF_EXPERTS and name.startswith("encoder."):
             continue

@@ -26,6 +26,7 @@ from comoe.data.images.decode import (
     locate_image,
     read_image,
 )
+from comoe.data.images.pixels import limits_of
 from comoe.data.posts import Post
 from comoe.data.reading.rows import settle
 from comoe.data.report import BadRow, DataReport
@@ -219,11 +220,6 @@ class ImageReader:
                 f"{file}: {len(bad):,} of {len(bad) + good:,} images are bad, most often "
                 f"({count:,}) because of: {reason}. The first: {first}"
             )
-
-
-def limits_of(config: DataConfig) -> ImageLimits:
-    """The limits that a recipe sets."""
-    return ImageLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
 
 
 def _check_different(

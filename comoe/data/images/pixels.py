@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from comoe.config.recipe import DataConfig
 from comoe.data.images.decode import BadImage, ImageLimits, Source, read_image
 from comoe.deferred import Deferred
 
@@ -238,3 +239,8 @@ def _short_side(inner: Any, shape: tuple[int, ...]) -> int | None:
 
 def _blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height))
+
+
+def limits_of(config: DataConfig) -> ImageLimits:
+    """The limits that a recipe sets."""
+    return ImageLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)

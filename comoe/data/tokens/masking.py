@@ -55,7 +55,13 @@ class Masker:
         ids_L[hidden_L & (draws_L < MASKED)] = self._mask
         swapped_L = hidden_L & (draws_L >= MASKED) & (draws_L < MASKED + SWAPPED)
         ids_L[swapped_L] = rng.choice(self._tokens, int(swapped_L.sum()))
-        return replace(row, input_ids=ids_L, masked_ids=np.where(hidden_L, row.input_ids, IGNORED))
+        entries_L = row.entries
+        if entries_L is not None:
+            # The numbers of a lexicon would tell the word; those of a phrase stand on its other words too.
+            told_L = np.isin(abs(entries_L), abs(entries_L[hidden_L]))
+            entries_L = np.where(told_L, 0, entries_L)
+        masked_L = np.where(hidden_L, row.input_ids, IGNORED)
+        return replace(row, input_ids=ids_L, masked_ids=masked_L, entries=entries_L)
 
 
 def check_mask_token(tokenizer: Any, task: Task) -> None:

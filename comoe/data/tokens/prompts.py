@@ -13,7 +13,8 @@ import numpy as np
 
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
-from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint, readable
+from comoe.data.tokens.cache import cached, fingerprint
+from comoe.data.tokens.tokenize import CHUNK, TokenLists, readable
 from comoe.data.tokens.vocabulary import is_causal
 from comoe.tasks.prompts import FIELDS, prompt_parts
 from comoe.tasks.task import Task

@@ -15,6 +15,7 @@ from comoe.data.report import DataReport
 from comoe.data.soft_labels import SoftLabels
 from comoe.data.tokens.prompts import Wording
 from comoe.data.tokens.tokenize import TokenLists, Tokens, cached_tokens
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED
@@ -136,10 +137,14 @@ class TokenizedSplit:
         return self._rows(numbers[:most])
 
     def _rows(self, numbers: np.ndarray) -> list[TokenRow]:
-        bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in numbers]
+        tokens = self.tokens
+        bounds = [(tokens.offsets[i], tokens.offsets[i + 1]) for i in numbers]
         return [
             TokenRow(
-                self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b]
+                tokens.input_ids[a:b],
+                tokens.token_types[a:b],
+                tokens.word_ids[a:b],
+                None if tokens.entries is None else tokens.entries[a:b],
             )
             for a, b in bounds
         ]
@@ -154,11 +159,13 @@ class TokenizedSplit:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One row: token ids, segment ids, and the word that each token belongs to (-1: none), each of shape (L,)."""
+    """One row: token ids, segment ids, the word that each token belongs to (-1: none), and the entry of the lexicon
+    (as in ``Tokens``), each of shape (L,)."""
 
     input_ids: np.ndarray
     token_types: np.ndarray
     word_ids: np.ndarray
+    entries: np.ndarray | None = None
     masked_ids: np.ndarray | None = None
     """Token ids that ``input_ids`` hide, IGNORED elsewhere, (L,); None where nothing is to be hidden."""
 
@@ -176,6 +183,7 @@ def tokenize_split(
     config: DataConfig,
     cache_dir: Path | None = None,
     distilled: Container[str] = (),
+    lexicon: Lexicon | None = None,
 ) -> TokenizedSplit:
     """Clean and tokenize a split, once: later calls with these posts and settings read the cache.
 
@@ -186,6 +194,7 @@ def tokenize_split(
         config: ``data`` of the recipe.
         cache_dir: folder of the cache; None, or ``data.cache: false``, keeps nothing.
         distilled: names of the tasks that have soft labels of all posts.
+        lexicon: of the model.
 
     Raises:
         ValueError: ``data.max_length`` is more than the encoder takes, or a prompt more than that.
@@ -206,6 +215,7 @@ def tokenize_split(
             max_length=config.max_length,
             normalize=config.normalize,
             cache_dir=where,
+            lexicon=lexicon,
         )
     wording = Wording(
         tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where

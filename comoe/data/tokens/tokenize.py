@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from comoe.config.files import cache_file
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
-from comoe.data.text.normalize import VERSION, normalize_post, normalize_words
+from comoe.data.text.normalize import normalize_post, normalize_words
+from comoe.data.tokens.cache import cached, fingerprint
+from comoe.data.tokens.lexicon import entries_of
 from comoe.data.tokens.pairs import encode_pairs
 from comoe.data.tokens.vocabulary import is_causal
-
-FORMAT = 1
-"""Changes when the arrays of a cache file mean something else."""
-
+from comoe.tasks.lexicon import Lexicon
 
 CHUNK = 1024
 """Posts per call of the tokenizer."""
@@ -54,6 +49,9 @@ class Tokens:
     """First entry of each post, int64, shape (N + 1,)."""
     truncated: np.ndarray
     """True where a post was cut, bool, shape (N,)."""
+    entries: np.ndarray | None = None
+    """Entry of the lexicon that a token is a piece of, int32, as of ``entries_of``; None without a
+    lexicon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +74,13 @@ class TokenLists:
         return np.diff(self.offsets)
 
 
-Stored = TypeVar("Stored", Tokens, TokenLists)
-
-
 def tokenize(
-    posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None
+    posts: PostSplit,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    normalize: NormalizeConfig | None,
+    lexicon: Lexicon | None = None,
 ) -> Tokens:
     """Clean and tokenize posts.
 
@@ -94,9 +94,10 @@ def tokenize(
         tokenizer: a Hugging Face tokenizer.
         max_length: longest post in tokens, special tokens included.
         normalize: how to clean; None takes the texts as they are.
+        lexicon: whose entries are found in the cleaned texts.
 
     Raises:
-        ValueError: words, but a tokenizer that cannot tell words apart.
+        ValueError: words or a lexicon, but a tokenizer that cannot tell words apart.
     """
     parts: list[tuple[np.ndarray, ...]] = []
     # Others put a token between the two.
@@ -111,14 +112,14 @@ def tokenize(
             *(_readable_pair(pair, normalize, max_length) for pair in pairs), strict=True
         )
         pairs = [f"{between}{pair}" if pair else pair for pair in pairs]
-        rows = _rows(tokenizer, firsts, pairs, contexts, max_length=max_length)
+        rows = _rows(tokenizer, firsts, pairs, contexts, max_length=max_length, lexicon=lexicon)
         shorter = zip(rows, cut, cut_pair, strict=True)
         parts.append(_flat([replace(row, cut=row.cut or a or b) for row, a, b in shorter]))
-    ids, types, words, lengths, cut = (
+    ids, types, words, lengths, cut, entries = (
         np.concatenate(column) for column in zip(_flat([]), *parts, strict=True)
     )
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Tokens(input_ids=ids, token_types=types, word_ids=words, offsets=offsets, truncated=cut)
+    return Tokens(ids, types, words, offsets, cut, None if lexicon is None else entries)
 
 
 def readable(text: Any, normalize: NormalizeConfig | None, max_length: int) -> tuple[Any, bool]:
@@ -169,55 +170,24 @@ def cached_tokens(
     max_length: int,
     normalize: NormalizeConfig | None,
     cache_dir: Path | None,
+    lexicon: Lexicon | None = None,
 ) -> Tokens:
     """``tokenize``, read from ``cache_dir`` where the same posts were tokenized alike before."""
 
     def make() -> Tokens:
-        return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
+        return tokenize(
+            posts, tokenizer, max_length=max_length, normalize=normalize, lexicon=lexicon
+        )
 
     if cache_dir is None:
         return make()
     settings = [max_length, asdict(normalize) if normalize else None, fingerprint(tokenizer)]
+    settings += [] if lexicon is None else [lexicon.digest]
     read = (
         [words or text, pair]
         for words, text, pair in zip(posts.words, posts.texts, posts.pairs, strict=True)
     )
     return cached(Tokens, make, settings, read, count=len(posts), cache_dir=cache_dir)
-
-
-def cached(
-    record: type[Stored],
-    make: Callable[[], Stored],
-    settings: Sequence[Any],
-    read: Iterable[Any],
-    *,
-    count: int,
-    cache_dir: Path,
-) -> Stored:
-    """What ``make`` gives, read from ``cache_dir`` where the same was made before.
-
-    The file is named by a hash of everything that the tokens depend on, and holds arrays only:
-    loading it runs no code.
-
-    Args:
-        record: what is made.
-        make: makes it.
-        settings: plain values that it depends on.
-        read: plain values, one per text, that it depends on.
-        count: texts.
-        cache_dir: folder of the cache.
-    """
-    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, *settings]).encode())
-    for value in read:
-        digest.update(json.dumps(value).encode())
-    path = Path(cache_dir) / f"{digest.hexdigest()[:32]}.npz"
-    if (tokens := _load(record, path, count=count)) is not None:
-        return tokens
-    tokens = make()
-    # Ranks may write the same file at the same time.
-    with cache_file(path) as file:
-        np.savez(file, **{field.name: getattr(tokens, field.name) for field in fields(record)})
-    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,16 +198,20 @@ class _Row:
     types: Sequence[int]
     words: Sequence[int]
     cut: bool
+    entries: Sequence[int] = ()
+    """As of ``entries_of``, where there is a lexicon."""
 
 
 def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
-    """Ids, segments, words of all tokens; length and cut of all rows. Early: lists of numbers are large."""
+    """Ids, segments, words of all tokens; length and cut of all rows; entries of all tokens. Early: lists of numbers
+    are large."""
     return (
         np.array([value for row in rows for value in row.ids], dtype=np.int32),
         np.array([value for row in rows for value in row.types], dtype=np.int8),
         np.array([value for row in rows for value in row.words], dtype=np.int32),
         np.array([len(row.ids) for row in rows], dtype=np.int64),
         np.array([row.cut for row in rows], dtype=bool),
+        np.array([value for row in rows for value in row.entries], dtype=np.int32),
     )
 
 
@@ -248,6 +222,7 @@ def _rows(
     contexts: Sequence[bool],
     *,
     max_length: int,
+    lexicon: Lexicon | None,
 ) -> list[_Row]:
     """Tokens of a chunk, by one call each for plain texts, words, and pairs and contexts of both."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
@@ -266,6 +241,7 @@ def _rows(
             [firsts[i] for i in members],
             seconds,
             as_words=as_words,
+            lexicon=lexicon,
             max_length=max_length,
             truncation="only_second" if paired and context else "longest_first",
         )
@@ -278,7 +254,7 @@ def _rows(
     # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no
     # mean.
     unknown = tokenizer.unk_token_id
-    nothing = _Row([tokenizer.pad_token_id if unknown is None else unknown], [0], [-1], False)
+    nothing = _Row([tokenizer.pad_token_id if unknown is None else unknown], [0], [-1], False, [0])
     return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
 
 
@@ -291,11 +267,17 @@ def _fills(tokenizer: Any, text: str | list[str], max_length: int) -> bool:
 
 
 def _encode_fast(
-    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, **cut: Any
+    tokenizer: Any,
+    texts: list[Any],
+    pairs: list[Any] | None,
+    *,
+    as_words: bool,
+    lexicon: Lexicon | None,
+    **cut: Any,
 ) -> list[_Row]:
     if as_words:
         texts = _spaced(tokenizer, texts)
-        pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])  # type: ignore
+        pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])
 
     def run(texts: list[Any], pairs: list[Any] | None) -> list[Any]:
         if pairs is not None:
@@ -315,17 +297,30 @@ def _encode_fast(
                 for word, text in enumerate(texts[i])
             ]
             encodings[i] = run([whole], None if pairs is None else [pairs[i]])[0]
-    return [_Row(e.ids, e.type_ids, _word_ids(e), bool(e.overflowing)) for e in encodings]
+    rows = [_Row(e.ids, e.type_ids, _word_ids(e), bool(e.overflowing)) for e in encodings]
+    if lexicon is None:
+        return rows
+    read = zip(rows, encodings, texts, pairs or [None] * len(rows), strict=True)
+    return [
+        replace(row, entries=entries_of(lexicon, encoding, both)) for row, encoding, *both in read
+    ]
 
 
 def _encode_slow(
-    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, **cut: Any
+    tokenizer: Any,
+    texts: list[Any],
+    pairs: list[Any] | None,
+    *,
+    as_words: bool,
+    lexicon: Lexicon | None,
+    **cut: Any,
 ) -> list[_Row]:
     """For tokenizers in pure Python: each token is its own word."""
-    if as_words:
+    if as_words or lexicon is not None:
+        what = "a task of kind tags" if as_words else "model.lexicon"
         raise ValueError(
             f"The tokenizer {type(tokenizer).__name__} cannot tell which word a token belongs to; "
-            "a task of kind tags needs an encoder with a fast tokenizer."
+            f"{what} needs an encoder with a fast tokenizer."
         )
     rows = []
     for i, text in enumerate(texts):
@@ -360,28 +355,3 @@ def _word_ids(encoding: Any) -> list[int]:
         -1 if word is None or sequence != 0 else word
         for word, sequence in zip(encoding.word_ids, encoding.sequence_ids, strict=True)
     ]
-
-
-def _load(record: type[Stored], path: Path, *, count: int) -> Stored | None:
-    """A cache file, None where there is none or it was cut short."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            tokens = record(**{field.name: stored[field.name] for field in fields(record)})
-    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
-        return None
-    return tokens if len(tokens.offsets) == count + 1 else None
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """Hash of the tokenizer's vocabulary and rules, whatever it was called with before."""
-    if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Every call stores its settings there.
-        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
-    else:
-        rules = {
-            key: str(value)
-            for key, value in (*tokenizer.get_vocab().items(), *tokenizer.init_kwargs.items())
-        }
-    names = [type(tokenizer).__name__, tokenizer.unk_token]
-    return hashlib.sha256(json.dumps([names, rules], sort_keys=True).encode()).hexdigest()

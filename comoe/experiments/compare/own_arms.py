@@ -20,7 +20,7 @@ from comoe.experiments.compare.arms import (
     measured_tasks,
     single_task,
 )
-from comoe.experiments.lexicon import read_lexicon
+from comoe.tasks.lexicon import read_lexicon
 
 
 def classical_arms(arms: Sequence[str], lexicon: Path | None) -> dict[str, list[Part]]:

@@ -107,6 +107,8 @@ class RoutingContext:
     """Layer of a ``LoraGate`` -> weight of each expert per position (B * L, E), 0 on padding."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
+    lexicon_BLK: Tensor | None = None
+    """Numbers of the lexicon for each token that the table of words is asked for."""
     fan_out: FanOut | None = None
     """Which text each row reads, where lower layers run once per text."""
     task_rows: TaskRows | None = None

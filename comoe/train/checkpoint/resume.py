@@ -15,7 +15,12 @@ from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, 
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, seed_random
-from comoe.train.run_folder import check_same_groups, check_same_tasks, check_same_words
+from comoe.train.run_folder import (
+    check_same_groups,
+    check_same_lexicon,
+    check_same_tasks,
+    check_same_words,
+)
 from comoe.train.state import TrainState
 
 
@@ -31,7 +36,7 @@ def checkpoint_to_resume(
         verify: compare digests.
 
     Raises:
-        ValueError: tasks, words or parameter groups are not those that the run began with.
+        ValueError: tasks, words, lexicon or parameter groups are not those that the run began with.
     """
     found = find_checkpoint(folder / "checkpoints", verify=verify)
     if found is None:
@@ -40,6 +45,7 @@ def checkpoint_to_resume(
         return None
     check_same_tasks(folder, collator.tasks)
     check_same_words(folder, collator.tokenizer)
+    check_same_lexicon(folder, collator.lexicon)
     check_same_groups(folder, recipe)
     if is_main():
         for problem in found.broken:

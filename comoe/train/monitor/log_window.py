@@ -17,7 +17,7 @@ from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.engine import Engine, StepReport
-from comoe.types import DOMAINS, Batch, soft_scales
+from comoe.types import DOMAINS, LEXICON, Batch, soft_scales
 
 SHOWN_IMAGES = 100
 """Lost images that one event names; all are counted."""
@@ -78,7 +78,7 @@ class LogWindow:
         for task, gold, soft in zip(self.tasks, scales, soft_T, strict=False):
             names |= {f"task/{task.name}": gold or soft, f"gold/{task.name}": gold}
             names[f"soft/{task.name}"] = soft
-        names |= dict.fromkeys(ON_DOMAINS, scales[DOMAINS])
+        names |= {"lexicon": scales[LEXICON], **dict.fromkeys(ON_DOMAINS, scales[DOMAINS])}
         for name, scale in names.items():
             if not scale:
                 # No post of the whole step has this task, or this value: its loss is not 0, there

@@ -85,6 +85,7 @@ PARAMETER_GROUPS: dict[str, str] = {
     "image_text": "heads",
     "private": "experts",
     "task_attention": "heads",
+    "lexicon": "heads",
 }
 """Child of ``MultiTaskModel`` -> group of its parameters."""
 

@@ -16,7 +16,8 @@ from comoe.experiments import runner
 from comoe.experiments.classical import Examples, lexicon, majority, naive_bayes, tfidf_svm
 from comoe.experiments.compare.command import run_comparison
 from comoe.experiments.compare.plan import plan_arms
-from comoe.experiments.lexicon import applies, by_words, read_lexicon
+from comoe.experiments.lexicon import applies, by_words
+from comoe.tasks.lexicon import read_lexicon
 from comoe.train.request import Request, load_requested
 from comoe.train.run_folder import MARK
 from tests.helpers_compare import MODEL, arguments, experiment_of
@@ -177,12 +178,12 @@ def test_a_label_without_training_posts_is_never_predicted(fit):
 
 
 def test_a_lexicon_takes_the_longest_entry_and_the_sign_decides(tmp_path):
-    score = by_words({"good": 2.0, "not good": -1.5, "bad": -2.0})
+    score = by_words({"good": [2.0], "not good": [-1.5], "bad": [-2.0]})
     assert score("GOOD, very good") == pytest.approx(4 / math.sqrt(16 + 15))
     assert score("not good") == pytest.approx(-1.5 / math.sqrt(1.5**2 + 15))
     assert score("nothing") == 0
     file = words_file(tmp_path)
-    assert read_lexicon(file) == {"good": 2, "great": 3, "bad": -2, "awful": -3}
+    assert read_lexicon(file) == {"good": (2,), "great": (3,), "bad": (-2,), "awful": (-3,)}
     labels = ("Negative", "neutral", "positive")
     examples = Examples(["x"] * 3, np.array([0, 0, 2]), labels, seed=0)
     predict, numbers = lexicon(examples, str(file))

@@ -8,10 +8,12 @@ import torch
 from helpers_data import wordpiece_tokenizer
 from helpers_export import MOOD, PIECES, tiny_tokenizer
 
-from comoe.config.recipe import TaskConfig
+from comoe.config.recipe import DataConfig, TaskConfig
 from comoe.data.collator import Collator
+from comoe.data.posts import unlabelled_posts
 from comoe.data.tokens.masking import Masker
-from comoe.data.tokens.split import TokenizedSplit
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import build_task
 from comoe.types import IGNORED
 
@@ -150,3 +152,28 @@ def test_other_tasks_read_the_post_as_it_is(tokenizer, row_per_task):
 def test_a_tokenizer_without_a_mask_token_is_refused():
     with pytest.raises(ValueError, match=r"tasks\.domain .*no mask token.*tasks\.domain=null"):
         Collator(wordpiece_tokenizer(), TASKS)
+
+
+def test_the_numbers_of_a_lexicon_do_not_tell_hidden_words(tokenizer):
+    lexicon = Lexicon({"good": [2.0], "so bad": [-2.0], "day": [1.0]})
+    posts = unlabelled_posts(["good day good , so bad"], tasks=["mood"])
+    row = tokenize_split(
+        posts,
+        tokenizer,
+        tasks=(MOOD,),
+        config=DataConfig(cache=False, max_length=64),
+        lexicon=lexicon,
+    ).rows(np.arange(1))[0]
+    assert {*abs(row.entries)} == {0, 1, 2, 3}
+    masker, partly = Masker(tokenizer), 0
+    for step in range(50):
+        hidden = masker.hide(row, probability=0.3, draw=[0, step])
+        at = hidden.masked_ids != IGNORED
+        told = set(abs(row.entries[at])) - {0}
+        assert told.isdisjoint(abs(hidden.entries))
+        others = ~np.isin(abs(row.entries), [*told])
+        assert np.array_equal(hidden.entries[others], row.entries[others])
+        # Of the phrase one word may be hidden: then none of its words has numbers.
+        phrase = abs(row.entries) == 2
+        partly += phrase[at].any() and not at[phrase].all()
+    assert partly
