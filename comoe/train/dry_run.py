@@ -147,6 +147,8 @@ def sample_lines(
 
 def _label_text(task: Task, split: PostSplit, row: int) -> str:
     """The label as prediction would write it: through the target tensor and back, which is what training sees."""
+    if not task.rules.predicts:
+        return "no label"
     value, words = split.labels[task.name][row], split.words[row]
     targets = task.rules.collate(
         [value], labels=task.labels, length=0 if words is None else len(words)

@@ -46,7 +46,8 @@ def test_samples_are_the_first_labelled_posts_cleaned_as_the_encoder_sees_them()
     ("kind", "labels", "values", "words", "shown"),
     [("multi_label", ("art", "sport", "war"), [(0, 2), ()], None, ["art, war | x", "none of the labels | y z"]),
      ("regression", (), [-1.25, None], None, ["-1.25 | x"]),
-     ("tags", ("O", "B-PER"), [None, [1, 0]], [None, ["y", "z"]], ["B-PER, O | y z"])],
+     ("tags", ("O", "B-PER"), [None, [1, 0]], [None, ["y", "z"]], ["B-PER, O | y z"]),
+     *((kind, (), [0, 0], None, ["no label | x", "no label | y z"]) for kind in ("unlabelled", "masked_words"))],
 )  # fmt: skip
 def test_every_kind_of_label_is_shown_in_words(kind, labels, values, words, shown):
     task = Task("t", kind, labels, "none")
