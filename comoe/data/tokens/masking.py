@@ -57,8 +57,10 @@ class Masker:
         ids_L[swapped_L] = rng.choice(self._tokens, int(swapped_L.sum()))
         entries_L = row.entries
         if entries_L is not None:
-            # The numbers of a lexicon would tell the word; those of a phrase stand on its other words too.
-            told_L = np.isin(abs(entries_L), abs(entries_L[hidden_L]))
+            # The numbers of a lexicon would tell the word; those of a phrase stand on its other words
+            # too. The same word elsewhere keeps them: without, it would tell what is hidden.
+            places_L = np.where(entries_L != 0, np.cumsum(entries_L > 0), -1)
+            told_L = (places_L >= 0) & np.isin(places_L, places_L[hidden_L])
             entries_L = np.where(told_L, 0, entries_L)
         masked_L = np.where(hidden_L, row.input_ids, IGNORED)
         return replace(row, input_ids=ids_L, masked_ids=masked_L, entries=entries_L)
