@@ -169,7 +169,7 @@ def lexicon(examples: Examples, path: str | None = None) -> tuple[Predict, int]:
         examples: of the task.
         path: a word and a number per line; None is VADER with its rules and its edge of 0.05.
     """
-    numbers = None if path is None else read_lexicon(Path(path))
+    numbers = None if path is None else read_lexicon(Path(path), columns=1)
     score = vader() if numbers is None else by_words(numbers)
     # VADER rounds to four digits: the edge itself is positive. Of words alone 0 is neutral.
     edge = VADER_EDGE - 5e-5 if numbers is None else 1e-6

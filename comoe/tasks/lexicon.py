@@ -133,15 +133,17 @@ def load_lexicon(path: str) -> Lexicon:
     return Lexicon({word: [numbers.get(_folded(word), numbers[word])] for word in numbers})
 
 
-def read_lexicon(path: Path, *, option: str = "--lexicon") -> dict[str, tuple[float, ...]]:
+def read_lexicon(
+    path: Path, *, option: str = "--lexicon", columns: int | None = None
+) -> dict[str, tuple[float, ...]]:
     """Word or phrase -> numbers, of a file with these in each line, tabs or commas between.
 
-    Every word has as many numbers as the first one; what stands behind them is not read. A first
-    line without a number is a head.
+    What stands behind the numbers that are read is not. A first line without a number is a head.
 
     Args:
         path: of the file.
         option: what named it.
+        columns: numbers of each word that are read; None is as many as the first word has.
 
     Raises:
         ValueError: no such file, or a line of another form; names file, line and value.
@@ -153,7 +155,7 @@ def read_lexicon(path: Path, *, option: str = "--lexicon") -> dict[str, tuple[fl
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path} is no UTF-8 text ({error}).") from error
     found: dict[str, tuple[float, ...]] = {}
-    width, needed = 0, "a number"
+    width, needed = columns or 0, "a number"
     marks = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in text else {}
     for line, cells in _lines(path, csv.reader(io.StringIO(text), **marks)):
         if not any(cell.strip() for cell in cells):

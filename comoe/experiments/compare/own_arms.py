@@ -40,7 +40,7 @@ def classical_arms(arms: Sequence[str], lexicon: Path | None) -> dict[str, list[
         return found
     if LEXICON not in found:
         raise ValueError(f"--lexicon {lexicon} is read by the arm {LEXICON}; add it to --arms.")
-    read_lexicon(lexicon)
+    read_lexicon(lexicon, columns=1)
     stem = re.sub(r"[^\w.-]", "_", lexicon.stem)
     name = f"{LEXICON}.{stem}.{zlib.crc32(lexicon.read_bytes()):08x}"
     return found | {LEXICON: [Part(name, (), (LEXICON, str(lexicon.resolve())))]}

@@ -184,6 +184,8 @@ def test_a_lexicon_takes_the_longest_entry_and_the_sign_decides(tmp_path):
     assert score("nothing") == 0
     file = words_file(tmp_path)
     assert read_lexicon(file) == {"good": (2,), "great": (3,), "bad": (-2,), "awful": (-3,)}
+    # Of a table with further numbers the first one counts, whatever the others are.
+    file.write_text("good,2,0.1\ngreat,3,\nbad,-2,1,5\nawful,-3\nbad,-2,7\n")
     labels = ("Negative", "neutral", "positive")
     examples = Examples(["x"] * 3, np.array([0, 0, 2]), labels, seed=0)
     predict, numbers = lexicon(examples, str(file))
