@@ -52,6 +52,10 @@ class MaskedWords(Kind):
         own_B = logits.float()[:, 0]
         return weighted_sum(-torch.where(self.labelled(targets), own_B, own_B * 0.0), weights_B)
 
+    def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
+        logits, targets = super().stack(outputs, task)
+        return logits.reshape(-1, 2), targets  # also of no post
+
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"correct": hidden tokens that are found, "log_probability": of all of them, nats}``."""
         rows = [output.logits.tolist() for output in outputs]

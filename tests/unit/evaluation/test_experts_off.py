@@ -133,16 +133,18 @@ def test_every_kind_is_measured_also_where_groups_stay_empty():
     batch, model = random_batch(rows=7), tiny_model(moe_config()).eval()
     told, rows = Task("told", "text", (), "token_f1", prompt="{text}"), list(range(7))
     texts = [PostOutput(row, GeneratedText(-1.0 - row, -2.0, "good"), (2, "good")) for row in rows]
+    masked = Task("masked", "masked_words", (), "masked_accuracy", auxiliary=True)
+    hidden = [PostOutput(row, np.array([-2.0, 1.0], dtype=np.float32), 2) for row in rows[:2]]
 
     def outputs(condition):
         with condition(model):
             output = model(batch)
         kept = {task.name: task.rules.outputs(output, batch, rows, task=task) for task in TASKS}
-        return kept | {"told": texts}
+        return kept | {"told": texts, "masked": hidden}
 
     before = outputs(nullcontext)
     for condition in CONDITIONS.values():
-        found = change(before, outputs(condition), [*TASKS, told])["tasks"]
-        assert list(found) == [*(task.name for task in TASKS), "told"]
+        found = change(before, outputs(condition), [*TASKS, told, masked])["tasks"]
+        assert list(found) == [*(task.name for task in TASKS), "told", "masked"]
         assert all(math.isfinite(value) for one in found.values() for value in one.values())
         assert found["told"]["loss"] == 0 != found["mood"]["loss"]
