@@ -16,13 +16,17 @@ from comoe.types import IGNORED
 MASKED, SWAPPED = 0.8, 0.1
 """Shares of the hidden tokens that become the mask token and any other one; the rest stay as they are."""
 
+LONGEST_WORD = 10
+"""Most tokens of what is hidden as a whole. Many tokenizers call a Chinese sentence a word, as it has no blank."""
+
 
 class Masker:
     """Hides whole words, drawn at random, of the post itself, never of its second text.
 
     Of W words p W are hidden, rounded up or down such that this is their mean, and at least one.
-    Each of their tokens becomes the mask token (80 %), any token (10 %), or stays (10 %). Special
-    tokens, the unknown one too, are neither hidden nor put in.
+    Of what has more than ``LONGEST_WORD`` tokens each one is a word. Each hidden token becomes the
+    mask token (80 %), any token (10 %), or stays (10 %). Special tokens, the unknown one too, are
+    neither hidden nor put in.
 
     Args:
         tokenizer: of the encoder.
@@ -48,9 +52,12 @@ class Masker:
         ids_L = row.input_ids.copy()
         rng = np.random.default_rng([zlib.crc32(ids_L.tobytes())] if draw is None else [*draw])
         ordinary_L = (row.word_ids >= 0) & ~np.isin(ids_L, self._special)
-        words = np.unique(row.word_ids[ordinary_L])
+        sizes = np.bincount(row.word_ids[ordinary_L], minlength=1)
+        long_L = ordinary_L & (sizes[row.word_ids.clip(0, len(sizes) - 1)] > LONGEST_WORD)
+        words_L = np.where(long_L, len(sizes) + np.arange(len(ids_L)), row.word_ids)
+        words = np.unique(words_L[ordinary_L])
         count = min(len(words), max(1, int(probability * len(words) + rng.random())))
-        hidden_L = ordinary_L & np.isin(row.word_ids, rng.choice(words, count, replace=False))
+        hidden_L = ordinary_L & np.isin(words_L, rng.choice(words, count, replace=False))
         draws_L = rng.random(len(ids_L))
         ids_L[hidden_L & (draws_L < MASKED)] = self._mask
         swapped_L = hidden_L & (draws_L >= MASKED) & (draws_L < MASKED + SWAPPED)

@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_data import wordpiece_tokenizer
+from helpers_data import byte_level_tokenizer, wordpiece_tokenizer
 from helpers_export import MOOD, PIECES, tiny_tokenizer
 
 from comoe.config.recipe import DataConfig, TaskConfig
 from comoe.data.collator import Collator
 from comoe.data.posts import unlabelled_posts
-from comoe.data.tokens.masking import Masker
-from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.data.tokens.masking import LONGEST_WORD, Masker
+from comoe.data.tokens.split import TokenizedSplit, TokenRow, tokenize_split
+from comoe.data.tokens.tokenize import tokenize
 from comoe.tasks.lexicon import Lexicon
 from comoe.tasks.task import build_task
 from comoe.types import IGNORED
@@ -95,6 +96,28 @@ def test_shares_of_words_and_of_replacements_are_those_of_bert(tokenizer):
     # A swapped token is the old one by chance in 1 of the vocabulary.
     chance = 0.1 / (len(tokenizer) - 5)
     np.testing.assert_allclose(kinds / kinds.sum(), [0.8, 0.1 + chance, 0.1 - chance], atol=0.01)
+
+
+def test_a_run_of_tokens_too_long_for_a_word_is_not_hidden_as_a_whole():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    posts = unlabelled_posts(["\u4eca\u5929\u5929\u6c14\u5f88\u597d so good"], tasks=())
+    tokens = tokenize(posts, tokenizer, max_length=64, normalize=None)
+    row = TokenRow(tokens.input_ids, tokens.token_types, tokens.word_ids)
+    sizes = np.bincount(row.word_ids[row.word_ids >= 0])
+    long, short = sizes > LONGEST_WORD, sizes <= LONGEST_WORD
+    assert long.sum() == 1 and short.sum() == 2
+    seen, counts = set(), []
+    for step in range(300):
+        made = Masker(tokenizer).hide(row, probability=0.2, draw=(0, step))
+        at = made.masked_ids != IGNORED
+        hidden = np.bincount(row.word_ids[at], minlength=3)
+        assert np.isin(hidden[short], [0, *sizes[short]]).all()
+        counts.append(int(hidden[long].sum() + (hidden[short] > 0).sum()))
+        seen |= {*np.flatnonzero(at)}
+    # Each of its tokens counts as a word.
+    assert np.mean(counts) == pytest.approx(0.2 * (sizes[long].sum() + 2), abs=0.1)
+    assert seen == {*np.flatnonzero(row.word_ids >= 0)}
 
 
 def test_masks_depend_on_seed_step_and_post_alone_and_are_fixed_without_a_draw(tokenizer):
