@@ -156,8 +156,9 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
         wanted = {key: getattr(task, key) for key in ("text", "pair", "context", "author")}
         wanted |= {"image": task.image} if with_images else {}
         check_columns(raw, {f"tasks.{name}.{key}": column for key, column in wanted.items()})
-        if not labelled and kind_of(task.kind).predicts:
-            wanted = {"label": task.label, "confidence": task.confidence}
+        if not labelled and (kind := kind_of(task.kind)).scored:
+            wanted = {"label": task.label} if kind.predicts else {}
+            wanted |= {"confidence": task.confidence}
             wanted |= {"soft_label": task.soft_label} if split == "train" else {}
             check_columns(
                 raw,

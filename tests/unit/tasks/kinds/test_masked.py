@@ -192,6 +192,12 @@ def test_posts_need_no_label_and_give_up_a_part_for_validation(tmp_path):
     assert sum(both.report.posts["some"].values()) == 21
 
 
+def test_a_confidence_that_is_not_there_is_refused(tmp_path):
+    domain = TaskConfig(path="posts.txt", kind="masked_words", confidence="sure")
+    with pytest.raises(ValueError, match=r"tasks\.domain\.confidence"):
+        corpus_of(tmp_path, domain=domain)
+
+
 def test_metrics_are_over_all_hidden_tokens_and_the_same_at_each_evaluation(tmp_path):
     collator = Collator(tiny_tokenizer(tmp_path), TASKS)
     split = collator.encode_texts(["good day in paris", "bad rain", "the sunny user good", ""])
