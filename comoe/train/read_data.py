@@ -90,9 +90,6 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     )
     path = recipe.model.lexicon.path
     lexicon = None if path is None else load_lexicon(path)
-    if lexicon is not None:
-        shape = f"{len(lexicon.numbers):,} words, numbers of each: {lexicon.width}"
-        corpus.report.notes.append(f"lexicon {path}: {shape}")
     cache = home() / "tokens" if recipe.data.cache else None
     teachers = find_teachers(recipe.distill, corpus.tasks)
     distilled = {name for teacher in teachers for name in teacher.columns}
@@ -111,6 +108,13 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
         }
     )
     report_cuts(splits, corpus.report)
+    if lexicon is not None:
+        found = int((splits["train"].tokens.entries > 0).sum())
+        shape = f"{len(lexicon.numbers):,} words, numbers of each: {lexicon.width}"
+        corpus.report.notes.append(f"lexicon {path}: {shape}; found in training posts: {found:,}")
+        if not found:
+            rule = "it changes nothing; is it of their language, with blanks between words?"
+            corpus.report.warnings.append(f"lexicon {path}: no training post has a word of it, so {rule}")
     pixels, images = None, image_side(recipe.model)
     if images is not None:
         processor = load_image_processor(images, trust_remote_code=recipe.model.trust_remote_code)

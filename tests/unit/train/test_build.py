@@ -9,7 +9,7 @@ from transformers import AutoModel, BertConfig
 
 from comoe.config.load import load_recipe
 from comoe.config.recipe import ModelConfig, Recipe
-from comoe.train.read_data import read_posts
+from comoe.train.read_data import read_posts, tokenize_posts
 from comoe.train.start_model import build_model
 from tests.helpers_model import BERT_LIKE, TASKS
 
@@ -63,3 +63,21 @@ def test_a_contrastive_stage_that_leaves_or_has_nothing_to_learn_is_refused(
     assert note in corpus.report.notes
     with pytest.raises(ValueError, match=refusal):
         read_posts(load_recipe(tmp_path / "recipe.yaml", overrides))
+
+
+@pytest.mark.parametrize(("words", "count"), [("post,1\nnever,2\n", 16), ("never,2\n", 0)])
+def test_it_is_said_how_often_posts_have_words_of_the_lexicon(tmp_path, monkeypatch, words, count):
+    monkeypatch.setenv("COMOE_HOME", str(tmp_path))
+    rows = [{"text": f"post {row}", "label": "ab"[row % 2]} for row in range(20)]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.csv").write_text(words)
+    (tmp_path / "recipe.yaml").write_text(
+        "{tasks: {mood: {path: posts.jsonl}}, model: {encoder: smoke:encoder, lexicon: {path: "
+        f"{tmp_path / 'own.csv'}}}}}, data: {{cache: false, validation_fraction: 0.2}}}}"
+    )
+    recipe, corpus = read_posts(load_recipe(tmp_path / "recipe.yaml"))
+    tokenize_posts(recipe, corpus)
+    notes = [note for note in corpus.report.notes if note.startswith("lexicon")]
+    assert len(notes) == 1 and notes[0].endswith(f"found in training posts: {count}")
+    warned = any("no training post has a word of it" in line for line in corpus.report.warnings)
+    assert warned == (count == 0)
