@@ -830,7 +830,8 @@ class TrainConfig:
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: Count | Literal["auto"] = "auto"
-    """Steps between two evaluations; auto is twice an epoch."""
+    """Steps between two evaluations; auto is twice an epoch, with ``reptile_steps`` after whole inner
+    loops."""
     save_every: Count | Literal["auto"] = "auto"
     """Steps between two checkpoints; auto follows ``eval_every``."""
     keep_checkpoints: Count = 2

@@ -114,7 +114,9 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
         corpus.report.notes.append(f"lexicon {path}: {shape}; found in training posts: {found:,}")
         if not found:
             rule = "it changes nothing; is it of their language, with blanks between words?"
-            corpus.report.warnings.append(f"lexicon {path}: no training post has a word of it, so {rule}")
+            corpus.report.warnings.append(
+                f"lexicon {path}: no training post has a word of it, so {rule}"
+            )
     pixels, images = None, image_side(recipe.model)
     if images is not None:
         processor = load_image_processor(images, trust_remote_code=recipe.model.trust_remote_code)

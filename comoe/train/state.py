@@ -148,8 +148,12 @@ def norm_limit(config: TrainConfig, norms: Sequence[float]) -> float:
 
 def total_steps(config: TrainConfig, *, steps_per_epoch: int) -> int:
     """Optimizer steps of a whole run."""
-    steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     # An inner loop that is cut short would be lost.
+    return whole_loops(config, config.max_steps or max(1, round(config.epochs * steps_per_epoch)))
+
+
+def whole_loops(config: TrainConfig, steps: int) -> int:
+    """Steps, rounded up to whole inner loops of ``train.reptile_steps``."""
     loop = config.reptile_steps or 1
     return -(-steps // loop) * loop
 

@@ -20,7 +20,7 @@ from comoe.train.fault.watchdog import Watchdog
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
-from comoe.train.state import TrainState, total_steps
+from comoe.train.state import TrainState, total_steps, whole_loops
 
 
 @dataclass(slots=True)
@@ -88,7 +88,10 @@ class TrainingRun:
     def eval_every(self) -> int:
         """Steps between evaluations."""
         every = self.recipe.train.eval_every
-        return max(1, self.sampler.steps_per_epoch // 2) if every == "auto" else int(every)
+        if every != "auto":
+            return int(every)
+        # Inside of an inner loop there is nothing new to evaluate.
+        return whole_loops(self.recipe.train, max(1, self.sampler.steps_per_epoch // 2))
 
     @property
     def save_every(self) -> int:

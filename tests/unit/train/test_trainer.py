@@ -197,6 +197,14 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path):
     assert best(trainer) == 4 and run.state.finished == "all steps done"
 
 
+@pytest.mark.parametrize(("loop", "every"), [(0, 2), (3, 3), (2, 2)])
+def test_evaluations_come_after_whole_inner_loops(tmp_path, loop, every):
+    run = trainer_in(tmp_path, eval_every="auto", save_every="auto", reptile_steps=loop).run
+    assert run.sampler.steps_per_epoch == 4 and (run.eval_every, run.save_every) == (every, every)
+    fixed = trainer_in(tmp_path, eval_every=1, reptile_steps=loop).run
+    assert fixed.eval_every == 1
+
+
 @pytest.mark.parametrize(
     ("option", "limits", "clipped"),
     [("auto", [0.0, 6.0, 9.0, 12.0, 12.0, 12.0], [3, 6]), (5.0, [5.0] * 6, [3, 6]), (0.0, [0.0] * 6, []),
