@@ -107,6 +107,13 @@ class Kind(ABC):
     """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
     ``metric: auto`` means."""
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        # A kind of a plugin that only says that nothing is scored has always predicted nothing too.
+        own = vars(cls)
+        if "scored" in own and "predicts" not in own:
+            cls.predicts = cls.scored
+
     def num_outputs(self, labels: Sequence[str]) -> int:
         """Width of the head; 0 without one, but for labels that a decoder scores."""
         return len(labels)

@@ -25,7 +25,7 @@ class Unlabelled(Kind):
     """Posts without label: no loss of its own, no prediction, no score. Parsed: 0, whatever the
     cell. Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
 
-    scored = predicts = False
+    scored = False
     metrics = ("none",)
 
     def num_outputs(self, labels: Sequence[str]) -> int:

@@ -155,6 +155,18 @@ def test_a_bad_cell_is_refused(kind, value, labels, message):
         KINDS[kind].parse(value, labels)
 
 
+def test_a_kind_that_is_not_scored_predicts_nothing_unless_it_says_so():
+    class Quiet(type(KINDS["single_label"])):
+        scored = False
+
+    class Shown(Quiet):
+        predicts = True
+
+    assert not KINDS["unlabelled"].predicts and not Quiet.predicts
+    assert Shown.predicts and not Shown.scored
+    assert KINDS["masked_words"].scored and not KINDS["masked_words"].predicts
+
+
 @pytest.mark.parametrize("kind", SCORED)
 @pytest.mark.parametrize("value", [None, "", "  ", math.nan, np.float64("nan")])
 def test_an_empty_cell_is_missing(kind, value):
