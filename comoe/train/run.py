@@ -126,11 +126,8 @@ def run_request(
         # Also the groups of DeepSpeed.
         wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
         begin_run_folder(run, settings)
-        if recipe.train.reptile_steps and run.untrained and is_main():
-            rule = "more steps, or fewer train.reptile_steps, would give them one"
-            print(
-                f"warning: no inner loop for {', '.join(run.untrained)}; {rule}.", file=sys.stderr
-            )
+        for sentence in run.too_short_for if is_main() else ():
+            print(f"warning: {sentence}", file=sys.stderr)
         _train_and_finalize(run, stop)
         run.monitor.close()
         barrier()

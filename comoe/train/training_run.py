@@ -78,11 +78,24 @@ class TrainingRun:
         return self.recipe.loss.contrastive.first_steps
 
     @property
-    def untrained(self) -> list[str]:
-        """Data sets whose first turn under ``train.reptile_steps`` comes after the last step."""
-        names = self.splits["train"].posts.group_names
-        groups = np.unique(self.splits["train"].groups)
-        return [names[groups[number]] for number in self.sampler.without_turn(self.total_steps)]
+    def too_short_for(self) -> list[str]:
+        """What the recipe asks for and the run has too few steps for, a sentence each."""
+        steps, found = self.total_steps, []
+        if self.recipe.train.reptile_steps and (without := self.sampler.without_turn(steps)):
+            names = self.splits["train"].posts.group_names
+            groups = np.unique(self.splits["train"].groups)
+            whose = ", ".join(names[groups[number]] for number in without)
+            remedy = "more steps, or fewer train.reptile_steps, would give them one"
+            found.append(f"no inner loop for {whose}; {remedy}.")
+        waits = self.engine.objective.weighting.waits
+        if waits and steps <= waits:
+            loss = self.recipe.loss
+            found.append(
+                f"loss.weighting: {loss.weighting} compares two windows of {loss.weighting_window} steps "
+                f"before it weighs, and this run has {steps}: all weights stay 1. The steps of an epoch "
+                f"({self.sampler.steps_per_epoch}) are the usual loss.weighting_window."
+            )
+        return found
 
     @property
     def eval_every(self) -> int:

@@ -34,11 +34,13 @@ class Weighting(nn.Module):
         adapts: the weights follow the training, and so need two tasks.
         reads_gradients: ``forward`` wants ``gram_TT``.
         remembers: it wants ``end_step``.
+        waits: steps at the start whose weights are all 1.
     """
 
     adapts = True
     reads_gradients = False
     remembers = False
+    waits = 0
 
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
         super().__init__()
@@ -187,6 +189,7 @@ class DynamicAverage(Weighting):
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
         super().__init__(tasks, config)
         self.temperature, self.window = config.weighting_temperature, config.weighting_window
+        self.waits = 2 * self.window
         nothing = torch.full((len(tasks),), torch.nan)
         self._carry("last_bits_T", nothing)
         self._carry("earlier_bits_T", nothing)

@@ -6,16 +6,20 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import comoe.train.exit as module
 from comoe.config.failure import sentence
+from comoe.config.recipe import LossConfig, TrainConfig
+from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.train.fault.supervisor import FINAL
 from comoe.train.fault.watchdog import Watchdog
 from comoe.train.request import Request, load_requested
 from comoe.train.run import _train_and_finalize
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer
+from comoe.train.training_run import TrainingRun
 
 
 class Left(BaseException):
@@ -147,3 +151,39 @@ def test_a_classical_model_is_no_run_to_resume(tmp_path):
     (tmp_path / "results.json").write_text('{"finished": "fitted", "baseline": ["naive_bayes"]}')
     with pytest.raises(ValueError, match=r"holds a classical model \(naive_bayes\).* begin a run"):
         load_requested(Request(resume=tmp_path, deepspeed="zero2"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "train", "sentences"),
+    [
+        ({}, {}, []),
+        ({"weighting": "dynamic_average", "weighting_window": 20}, {}, []),
+        (
+            {"weighting": "dynamic_average", "weighting_window": 24},
+            {},
+            ["two windows of 24 steps before it weighs, and this run has 48: .* an epoch \\(16\\)"],
+        ),
+        ({}, {"reptile_steps": 4}, ["no inner loop for irony, hate; more steps"]),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_told(loss, train, sentences):
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(loss=LossConfig(**loss), train=TrainConfig(**train)),
+        total_steps=48,
+        engine=SimpleNamespace(
+            objective=SimpleNamespace(
+                weighting=WEIGHTINGS[LossConfig(**loss).weighting]([], LossConfig(**loss))
+            )
+        ),
+        sampler=SimpleNamespace(steps_per_epoch=16, without_turn=lambda steps: [1, 2]),
+        splits={
+            "train": SimpleNamespace(
+                groups=np.array([0, 2, 3]),
+                posts=SimpleNamespace(group_names=["emotion", "empty", "irony", "hate"]),
+            )
+        },
+    )
+    found = TrainingRun.too_short_for.fget(run)
+    assert len(found) == len(sentences)
+    for rule, told in zip(sentences, found, strict=True):
+        assert re.search(rule, told)
