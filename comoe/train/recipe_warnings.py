@@ -104,10 +104,16 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
 
 def _reptile(recipe: Recipe) -> Iterator[str]:
     train = recipe.train
-    if train.reptile_steps and train.optimizer == "adamw" and train.betas[0]:
+    carried = {
+        "adamw": ("betas", train.betas[0], f"[0.0, {train.betas[1]}]"),
+        "sgd": ("momentum", train.momentum, "0"),
+    }
+    option, share, instead = carried.get(train.optimizer, ("", 0, ""))
+    if train.reptile_steps and share:
         why = "the first steps of an inner loop still go where the last data set went"
-        remedy = f"take [0.0, {train.betas[1]}] (arXiv:1803.02999)"
-        yield f"train.betas is {train.betas} with train.reptile_steps; {why}: {remedy}."
+        remedy = f"take {instead} (arXiv:1803.02999)"
+        value = getattr(train, option)
+        yield f"train.{option} is {value} with train.reptile_steps; {why}: {remedy}."
 
 
 def _states(recipe: Recipe) -> Iterator[str]:
