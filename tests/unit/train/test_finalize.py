@@ -20,7 +20,7 @@ def test_the_last_line_names_an_input_that_fits_the_model(config, posts, tmp_pat
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
-    print_results(tmp_path, [])
+    print_results(tmp_path, [Task("mood", "single_label", ("bad", "good"), "macro_f1")])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("predict ") and f"--input {posts} --output predictions.jsonl" in last
 
