@@ -208,22 +208,24 @@ class ModelConfig:
     """How the states of a text become one vector for a task's head: attention (a learned query per
     task), mean, first (the state of the first token, CLS of BERT), last (that of the last token;
     for decoder-only models), or layers: attention over a mixture of all layers' states that each
-    task learns (arXiv:1802.05365), which heads on word tags read too."""
+    task learns (arXiv:1802.05365), which heads on word tags read too. Measured with 100 posts per
+    task: layers lose 0.019, the others are not told apart."""
     projection_width: Width = 128
     """Width P of the embeddings that the contrastive loss compares."""
     private_width: WidthFrom0 = 0
     """Hidden width of a feed-forward of its own that each task puts between the shared states and
-    its head; 0 is none."""
+    its head; 0 is none. Measured with 100 posts per task: no gain."""
     own_layers: CountFrom0 = 0
     """Last layers of the encoder that each task has for itself, all copies of the pre-trained ones;
     ``loss.soft_sharing_weight`` ties them. A post becomes one row per labeled task: layers below
     these, and below the first one with experts, read it once. They always train, and have no
     experts: the words of ``moe.layers`` count the shared layers. 0 is none; not with tasks that a
-    decoder predicts."""
+    decoder predicts. Measured with 100 posts per task, tied or not: no gain."""
     task_attention_width: WidthFrom0 = 0
     """Width of queries, keys and values of an attention between tasks: what each task has pooled of
     a row looks at what the others have, before the heads. Tasks whose heads pool take part, word
-    tags and those of a decoder do not. Does nothing at the start; 0 is none."""
+    tags and those of a decoder do not. Does nothing at the start; 0 is none. Measured with
+    100 posts per task: no gain."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     """The experts."""
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -300,7 +302,8 @@ class AdversarialConfig:
     representation must not help (arXiv:1505.07818)."""
 
     weight: NotNegative = 0.0
-    """Weight of the term; 0 switches it off."""
+    """Weight of the term; 0 switches it off. Measured with 100 posts per task, alone and with private
+    parts: no gain."""
     predict: Given = option("task", read_when="loss.adversarial.weight > 0")
     """What of a post the shared representation is not to tell: task (which data set it is from) or
     any column of the data by its name (platform, domain); posts whose cell is empty are left
@@ -332,7 +335,8 @@ class LossConfig:
     ] = "equal"
     """How the tasks' losses become one number: equal (their sum, so a post of a rare task weighs
     more), posts (every labeled post weighs the same), static, uncertainty, uncertainty_positive,
-    dynamic_average, gradnorm, pcgrad or cagrad."""
+    dynamic_average, gradnorm, pcgrad or cagrad. Measured with 100 posts per task: none of
+    dynamic_average, pcgrad and cagrad gains over equal."""
     weighting_rate: Positive = option(
         0.01, read_when="loss.weighting = uncertainty or uncertainty_positive or gradnorm"
     )
