@@ -362,7 +362,7 @@ def predictor_of(
         return replace(written_by(batch, tasks=tasks), attentions=attentions)
 
     exported = SimpleNamespace(
-        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
+        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None, lexicon=None,
         model=model, folder=Path("export"), backend="torch",
     )  # fmt: skip
     return Predictor(

@@ -285,7 +285,7 @@ def test_only_words_with_a_tag_count_and_the_words_of_a_post_stay_together():
 
 
 def test_every_kind_with_probabilities_has_a_rule():
-    assert set(KINDS) - set(RULES) == {"regression", "unlabelled", "text"}
+    assert set(KINDS) - set(RULES) == {"regression", "unlabelled", "text", "masked_words"}
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "tags"])

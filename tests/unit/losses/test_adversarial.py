@@ -159,7 +159,7 @@ def test_posts_without_a_domain_cost_nothing_and_still_give_gradients():
 def test_a_step_without_any_domain_logs_no_accuracy(posts):
     step = objective_of()(scaled(domain_batch()))
     terms = {name: value for name, value in step.terms.items() if name.startswith("adversarial")}
-    batch = replace(domain_batch(), unit_scale_T=torch.tensor([posts, 1.0, 0.0]))
+    batch = replace(domain_batch(), unit_scale_T=torch.tensor([0.0, posts, 1.0, 0.0]))
     report = StepReport(torch.tensor(1.0), terms, [step], grad_norm=None, skipped=False)
     engine = SimpleNamespace(device=torch.device("cpu"))
     line = LogWindow(()).reduce(engine, report, [batch])

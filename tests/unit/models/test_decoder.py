@@ -224,7 +224,7 @@ def test_a_whole_model_in_one_process_writes_nothing_that_no_row_asks_for():
 
 def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     objective, batch = decoder_objective(), decoder_batch()
-    step = objective(replace(filler(batch), unit_scale_T=torch.full((len(MIXED) + 3,), 0.5)))
+    step = objective(replace(filler(batch), unit_scale_T=torch.full((3 * len(MIXED) + 4,), 0.5)))
     step.loss.backward()
     assert float(step.loss.detach()) == 0.0
     assert all(not p.grad.any() for p in objective.parameters())
