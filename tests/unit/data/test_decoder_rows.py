@@ -362,8 +362,8 @@ def predictor_of(
         return replace(written_by(batch, tasks=tasks), attentions=attentions)
 
     exported = SimpleNamespace(
-        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None, lexicon=None,
-        model=model, folder=Path("export"), backend="torch",
+        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
+        model=model, folder=Path("export"), backend="torch", lexicon=None,
     )  # fmt: skip
     return Predictor(
         exported, Collator(TOKENIZER, tasks, row_per_task=route_by != "token"), torch.device("cpu")
