@@ -86,7 +86,12 @@ def settle(
     guess = "text" if "text" in columns else longest
     given.text = given.text or settled("column with the post", guess)
     if not given.label:
-        guess = [name for name in columns if name != given.text and _looks_like_labels(rows, name)]
+        values = {name: _values(rows, name) for name in columns if name != given.text}
+        guess = [
+            name
+            for name, cells in values.items()
+            if 1 < len(set(cells)) <= min(MOST_LABELS, len(cells) / 2)
+        ]
         given.label = settled("columns with labels, with commas", ",".join(guess)).split(",")
     for flag, name in [("--text", given.text), *(("--label", name) for name in given.label)]:
         if name not in columns:
@@ -138,11 +143,6 @@ def _plain(name: str) -> str:
 def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
     cells = (row.get(column) for row in rows)
     return [text for cell in cells if cell is not None and (text := str(cell).strip())]
-
-
-def _looks_like_labels(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
-    values = _values(rows, column)
-    return 1 < len(set(values)) <= min(MOST_LABELS, len(values) / 2)
 
 
 def _is_regression(rows: Sequence[Mapping[str, Any]], column: str) -> bool:

@@ -5,6 +5,7 @@ Source of the form: the pages "Label Studio task format" and "Import pre-annotat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -80,7 +81,9 @@ def interface(tasks: Sequence[Task], *, with_pair: bool) -> str:
         name = quoteattr(task.name)
         lines.append(f"  <Header value={name}/>")
         if task.mode == "tokens":
-            types = dict.fromkeys(_type(label) for label in task.labels if label != OUTSIDE)
+            types = dict.fromkeys(
+                re.sub("^[BIES]-", "", label) for label in task.labels if label != OUTSIDE
+            )
             lines += _control("Labels", name, "", "Label", types)
         elif task.labels:
             choice = ' choice="single"' if task.rules.exclusive else ' choice="multiple"'
@@ -94,8 +97,3 @@ def interface(tasks: Sequence[Task], *, with_pair: bool) -> str:
 def _control(tag: str, name: str, more: str, item: str, labels: Iterable[str]) -> list[str]:
     items = [f"    <{item} value={quoteattr(label)}/>" for label in labels]
     return [f'  <{tag} name={name} toName="{TEXT}"{more}>', *items, f"  </{tag}>"]
-
-
-def _type(tag: str) -> str:
-    prefix, dash, kind = tag.partition("-")
-    return kind if dash and prefix in ("B", "I", "E", "S") else tag

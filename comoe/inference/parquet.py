@@ -146,26 +146,21 @@ def _schema(part: Path, kept: Sequence[str], tasks: Sequence[str]) -> pyarrow.Sc
     with part.open(encoding="utf-8", newline="\n") as lines:
         for row in map(json.loads, lines):
             for name in kept:
-                whole[name] &= _is_whole(row.get(name))
+                # Empty, or a number that 64 bits hold.
+                cell = row.get(name)
+                whole[name] &= cell is None or (type(cell) is int and -(1 << 63) <= cell < 1 << 63)
             for task in tasks:
                 known = fields.setdefault(task, {})
                 for name, value in row.get(task, {}).items():
                     if name not in known:
-                        known[name] = _type_of(name, value)
+                        known[name] = (
+                            pyarrow.struct([(label, pyarrow.float64()) for label in value])
+                            if isinstance(value, Mapping)
+                            else _TYPES.get(name, pyarrow.string())
+                        )
     columns = {name: pyarrow.int64() if all_ else pyarrow.string() for name, all_ in whole.items()}
     columns |= {"text": pyarrow.string()}
     columns |= {
         task: pyarrow.struct(list(found.items())) for task, found in fields.items() if found
     }
     return pyarrow.schema(list((columns | _REMARKS).items()))
-
-
-def _is_whole(cell: Any) -> bool:
-    """Whether a cell is empty or a number that 64 bits hold."""
-    return cell is None or (type(cell) is int and -(1 << 63) <= cell < 1 << 63)
-
-
-def _type_of(name: str, value: Any) -> pyarrow.DataType:
-    if isinstance(value, Mapping):
-        return pyarrow.struct([(label, pyarrow.float64()) for label in value])
-    return _TYPES.get(name, pyarrow.string())

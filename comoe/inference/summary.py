@@ -54,7 +54,8 @@ class Counts:
         self.posts += 1
         if error := prediction.get("error"):
             self.first_error = self.first_error or error
-            reason = _reason(error)
+            # Without the number of the line, up to the first detail.
+            reason = re.split(r" \(|[;:]|\. ", re.sub(r"^line \d+ ", "", error))[0].rstrip(".")
             full = reason not in self.set_aside and len(self.set_aside) >= REASONS
             self.set_aside["other" if full else reason] += 1
         self.truncated += "truncated" in prediction
@@ -64,12 +65,6 @@ class Counts:
         self.predicted += bool(found)
         for task in found:
             self.labels.setdefault(task, Counter()).update(labels_of(prediction[task]))
-
-
-def _reason(error: str) -> str:
-    """What an error is counted by: its words up to the first detail, without the number of the line."""
-    words = re.sub(r"^line \d+ ", "", error)
-    return re.split(r" \(|[;:]|\. ", words)[0].rstrip(".")
 
 
 def labels_of(prediction: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,13 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
     saved = export.resolve().parent / "config.yaml"
     count, about = partial(count_seen, export / SEEN), "about "
     try:
-        theirs = _without_models(load_saved_recipe(saved)) if saved.is_file() else None
+        theirs = None
+        if saved.is_file():
+            recipe_there = load_saved_recipe(saved)
+            # With the folder of a ready-made data.root; no encoder is fetched for that.
+            vision = replace(recipe_there.model.vision, tower=None)
+            model = replace(recipe_there.model, encoder="none", vision=vision)
+            theirs = resolve(replace(recipe_there, model=model), progress=False)
         if theirs is not None and _places(theirs) & _places(recipe):
             if _held_out_by(theirs) == _held_out_by(recipe):
                 return
@@ -59,13 +65,6 @@ def _of_model(name: str, export: Path, recipe: Recipe, corpus: Corpus) -> Iterat
                 "run, so that scores are too high; its recipe held out others (data.split_seed, "
                 "fractions, stratify, tasks.<name>.splits, hold_out)"
             )
-
-
-def _without_models(recipe: Recipe) -> Recipe:
-    """With the folder of a ready-made data.root; no encoder is fetched for that."""
-    vision = replace(recipe.model.vision, tower=None)
-    model = replace(recipe.model, encoder="none", vision=vision)
-    return resolve(replace(recipe, model=model), progress=False)
 
 
 def _places(recipe: Recipe) -> set[Path]:
