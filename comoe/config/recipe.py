@@ -519,10 +519,11 @@ class DataConfig:
     test_fraction: Share = 0.0
     """Share of the training posts that becomes the test split where a data set has none, drawn
     before the validation posts; 0 makes none. Both fractions are of all of these posts."""
-    stratify: Literal["first", "all"] = "first"
-    """By what these parts are stratified: first (the labels of the first task) or all (the
-    combinations of the labels of all tasks on a post; runs without some of the tasks then hold out
-    other posts)."""
+    stratify: Literal["first", "all", "none"] = "first"
+    """By what these parts are stratified: first (the labels of the first task), all (the
+    combinations of the labels of all tasks on a post) or none. With first and all, runs without
+    some of the tasks hold out other posts. With none seed and text of a post alone decide, so that
+    single and joint models are measured on the same posts."""
     split_seed: Seed | Literal["train"] = 0
     """Seeds which posts are evaluated on, where there is a choice, so that runs of different
     ``train.seed`` are scored on the same posts; train follows ``train.seed``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -53,6 +54,27 @@ def hold_out(
         everything, test_size=count, stratify=strata if kept else None, random_state=seed
     )
     return np.isin(text_ids, held), kept
+
+
+def hold_out_by_text(texts: Sequence[str], *, fraction: float, seed: int) -> np.ndarray:
+    """Which posts become a part for evaluation by seed and text alone, whatever other posts there are.
+
+    Args:
+        texts: of each post.
+        fraction: expected share of the different texts to hold out.
+        seed: any non-negative int.
+
+    Returns:
+        A mask of the held-out posts, bool, shape (N,).
+
+    Raises:
+        ValueError: nothing would be held out, or nothing would be left.
+    """
+    draws = (hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8] for text in texts)
+    held = np.array([int.from_bytes(draw) < fraction * 2**64 for draw in draws], dtype=bool)
+    if held.all() or not held.any():
+        raise ValueError(f"{len(held):,} posts cannot give up a share of {fraction:.4g} by text")
+    return held
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -119,7 +141,10 @@ def _parted(
         how, authors = f"whole authors ({author})", train.columns[author]
         # One seed for all parts and data sets: an author is on the same side in each.
         held = authors_held_out(authors, fraction=fraction, seed=seed)
-    for by, strata in _strata(group, train, recipe.data.stratify) if author is None else ():
+    elif recipe.data.stratify == NOTHING:
+        how = "by their texts"
+        held = hold_out_by_text(train.texts, fraction=fraction, seed=seed_of(seed, seed_name))
+    for by, strata in _strata(group, train, recipe.data.stratify) if how == "at random" else ():
         held, kept = hold_out(
             train, fraction=fraction, strata=strata, seed=seed_of(seed, seed_name)
         )
@@ -168,3 +193,6 @@ def _strata(group: Group, posts: PostSplit, stratify: str) -> Iterator[tuple[str
 
 EVERY = "all"
 """``data.stratify``: the labels of all tasks on the posts."""
+
+NOTHING = "none"
+"""``data.stratify``: seed and text decide."""

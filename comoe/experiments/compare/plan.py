@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from comoe.config.errors import unknown_name
@@ -204,6 +206,17 @@ def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]
     parts = [part for parts in named.values() for part in parts]
     if not any("=null" in override for part in parts for override in part.overrides):
         return
+    held_out = Counter(
+        task.path
+        for task in recipe.tasks.values()
+        if Path(task.path).suffix and "validation" not in task.splits and not task.author
+    )
+    shared = [path for path, tasks in held_out.items() if tasks > 1]
+    if shared and recipe.data.stratify != "none":
+        yield (
+            f"data.stratify is {recipe.data.stratify}: of {', '.join(shared)}, runs without some of the tasks hold "
+            "out other posts, and train on some that joint runs are scored on; with none all hold out the same."
+        )
     default = DataConfig().mixing
     if recipe.data.mixing != default:
         yield (

@@ -156,6 +156,35 @@ def test_a_test_part_is_held_out_before_the_validation_part_and_both_are_shares_
     assert "stratified by label" in note and "test" not in load_corpus(recipe).splits
 
 
+def test_without_strata_a_run_of_one_task_holds_out_the_same_posts(tmp_path):
+    rows = [{"text": f"post {i % 380}", "mood": "ab"[i % 2]} | ({"topic": "xy"[i % 3 % 2]} if i % 4 else {})
+            for i in range(400)]  # fmt: skip
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    tasks = {
+        "mood": TaskConfig(path="posts.jsonl", label="mood"),
+        "topic": TaskConfig(path="posts.jsonl", label="topic"),
+    }
+
+    def parts(*names: str) -> dict[str, set[str]]:
+        recipe = recipe_of(tmp_path, **{name: tasks[name] for name in names})
+        recipe.data.stratify, recipe.data.test_fraction = "none", 0.1
+        corpus = load_corpus(recipe)
+        assert sum("held out, by their texts" in note for note in corpus.report.notes) == 2
+        return {split: set(posts.texts) for split, posts in corpus.splits.items()}
+
+    joint, mood, topic = parts("mood", "topic"), parts("mood"), parts("topic")
+    assert (
+        joint == mood and not joint["test"] & joint["train"] | joint["validation"] & joint["train"]
+    )
+    # Posts without a topic are in no part of its own; all others are where they were.
+    with_topic = {row["text"] for row in rows if "topic" in row}
+    assert topic == {split: texts & with_topic for split, texts in joint.items()}
+    assert 20 < len(joint["test"]) < 60 and 20 < len(joint["validation"]) < 60
+    write_jsonl(tmp_path / "posts.jsonl", rows[:2])
+    with pytest.raises(ValueError, match="2 posts cannot give up a share of"):
+        parts("mood")
+
+
 def test_too_many_combinations_are_stratified_by_the_first_task(tmp_path):
     rows = [{"text": f"post {i}", "mood": "ab"[i % 2], "topic": str(i % 20)} for i in range(80)]
     write_jsonl(tmp_path / "posts.jsonl", rows)

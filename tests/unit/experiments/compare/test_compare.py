@@ -27,6 +27,7 @@ from comoe.experiments.compare.statistics import (
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import Experiment
 from comoe.tasks.task import build_task
+from tests.helpers_compare import RECIPE as FOUR_TASKS
 from tests.helpers_compare import experiment_of
 
 RECIPE = (
@@ -111,6 +112,20 @@ def test_trials_run_seed_by_seed_and_custom_arms_are_read_with_lists(experiment)
     assert own == {"last": ["model.moe.layers=[1,3]", "loss.contrastive.weight=0"]}
     with pytest.raises(ValueError, match="must read name:key=value"):
         custom_arms(["last"])
+
+
+def test_a_file_that_single_and_joint_runs_divide_otherwise_is_named(tmp_path, encoder):
+    def notes(overrides, arms=("single", "multi")):
+        text = FOUR_TASKS.replace("path: reviews", "path: reviews.csv")
+        asked = experiment_of(tmp_path, encoder, text, overrides)
+        plan = plan_arms(asked, arms=list(arms), custom={}, seeds=[0])
+        return [note for note in plan.notes if "stratify" in note]
+
+    (note,) = notes([])
+    assert "of reviews.csv, runs without some of the tasks hold out other posts" in note
+    assert notes(["data.stratify=none"]) == [] and notes([], arms=["multi"]) == []
+    held = ["tasks.mood.splits.validation=v.csv", "tasks.topic.splits.validation=v.csv"]
+    assert notes(held) == []
 
 
 def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment):
