@@ -1,6 +1,7 @@
 """README and docs/ say what is: options, files, links, commands and tables that they name are those of the code."""
 
 import ast
+import csv
 import importlib
 import itertools
 import json
@@ -13,10 +14,12 @@ import pytest
 
 import comoe
 from comoe.augment.command import COLUMNS
+from comoe.commands.arguments import take_recipe
 from comoe.config.load import load_recipe
 from comoe.data.corpus import load_corpus
 from comoe.data.reading.sources import READERS
 from comoe.data.text.normalize import PRESETS
+from comoe.experiments.compare.command import run_comparison
 from comoe.tasks.kinds.registry import KINDS
 from docs import generate
 
@@ -187,6 +190,31 @@ def test_overrides_in_commands_are_valid_for_their_recipe():
         load_recipe(ROOT / config if (ROOT / config).is_file() else config, words)
         checked += len(words)
     assert checked > 10
+
+
+def papers_commands() -> list[list[str]]:
+    """Commands in the table of the papers' elements."""
+    with (DOCS / "papers.tsv").open(encoding="utf-8", newline="") as file:
+        cells = [
+            row["command"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        ]
+    return [shlex.split(span) for cell in cells for span in re.findall(r"`(comoe [^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("words", papers_commands(), ids=" ".join)
+def test_a_command_of_the_table_of_papers_is_one(words, tmp_path):
+    _, name, *rest = words
+    parser = generate.parsers()[f"comoe {name}"]
+    given = parser.parse_intermixed_args([word.replace("<folder>", str(tmp_path)) for word in rest])
+    if not hasattr(given, "overrides"):
+        return
+    take_recipe(given)
+    load_recipe(given.config, given.overrides)
+    if name == "compare":
+        # What it compares stands in the command: the default arms belong to other rows.
+        assert given.arms != parser.get_default("arms")
+        given.dry_run, given.output = True, tmp_path / "out"
+        assert run_comparison(given) == []
 
 
 def test_overrides_and_options_in_the_text_are_valid():
