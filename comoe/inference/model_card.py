@@ -96,7 +96,9 @@ def _front_matter(
     data = ModelCardData(
         library_name="comoe",
         language=config["data"]["normalize"]["language"],
-        tags=["comoe", "mixture-of-experts", "multi-task", "social-media"]
+        tags=["comoe"]
+        + (["mixture-of-experts"] if config["model"]["moe"]["num_experts"] > 1 else [])
+        + ["multi-task", "social-media"]
         + (["multimodal"] if _reads_images(config) else []),
         pipeline_tag=(CLASSES if CLASSES in kinds else kinds[0]) if kinds else None,
         base_model=encoder if HUB_NAME.fullmatch(encoder) else None,
@@ -140,6 +142,8 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     else:
         experts = f"one {one} {where}" if moe.num_experts else "no experts"
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
+    if (kept := recipe.model.keep_layers) is not None:
+        encoder += f", {kept} of its layers"
     names = ", ".join(task.name for task in tasks) or "none"
     listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {names}"
     post = (
@@ -251,10 +255,10 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
 
 def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     train, normalize = recipe.train, recipe.data.normalize
+    experts = f"{train.expert_learning_rate:g} (experts), " if recipe.model.moe.num_experts else ""
     lines = [
         f"- comoe {config['comoe_version']}, batches of {train.batch_size} posts, {train.optimizer}, seed {train.seed}",
-        f"- rates {train.learning_rate:g} (encoder), {train.expert_learning_rate:g} (experts), "
-        f"{train.head_learning_rate:g} (heads)",
+        f"- rates {train.learning_rate:g} (encoder), {experts}{train.head_learning_rate:g} (heads)",
         f"- posts cleaned with the preset `{normalize.preset}` and cut after {recipe.data.max_length} tokens",
     ]
     if results:

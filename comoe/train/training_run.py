@@ -87,6 +87,12 @@ class TrainingRun:
             whose = ", ".join(names[groups[number]] for number in without)
             remedy = "more steps, or fewer train.reptile_steps, would give them one"
             found.append(f"no inner loop for {whose}; {remedy}.")
+        train = self.recipe.train
+        if train.eval_every != "auto" and 0 < steps // self.eval_every <= train.patience:
+            found.append(
+                f"train.patience is {train.patience}, and this run evaluates every {self.eval_every} of its {steps} "
+                "steps: it cannot end early; train.eval_every=auto evaluates twice an epoch."
+            )
         waits = self.engine.objective.weighting.waits
         if waits and steps <= waits:
             loss = self.recipe.loss

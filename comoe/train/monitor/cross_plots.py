@@ -41,14 +41,16 @@ def cross_tables_figure(tables: Mapping[str, CrossTable], *, title: str) -> Figu
         title: of the figure.
     """
     shapes = [table.counts_RC.shape for table in tables.values()]
-    rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
-    if max(rows, columns) > MAX_NAMED_CLASSES:
+    most_rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
+    if max(most_rows, columns) > MAX_NAMED_CLASSES:
         return None
-    figure = new_figure((1.8 + 0.5 * columns) * len(tables), 1.9 + 0.32 * rows)
+    figure = new_figure((2.1 + 0.5 * columns) * len(tables), 1.9 + 0.32 * most_rows)
     for panel, (name, table) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True
     ):
-        names = {"rows": table.row_labels, "columns": table.column_labels}
+        counts = table.counts_RC.sum(1)
+        rows = [f"{name} ({n:,.0f})" for name, n in zip(table.row_labels, counts, strict=True)]
+        names = {"rows": rows, "columns": table.column_labels}
         cross_panel(panel, table.share_RC, **names)
         panel.tick_params(labelsize=7)
         panel.set_ylabel(table.rows, fontsize=8)

@@ -164,12 +164,16 @@ def test_a_classical_model_is_no_run_to_resume(tmp_path):
             ["two windows of 24 steps before it weighs, and this run has 48: .* an epoch \\(16\\)"],
         ),
         ({}, {"reptile_steps": 4}, ["no inner loop for irony, hate; more steps"]),
+        ({}, {"patience": 2, "eval_every": 16}, []),
+        ({}, {"patience": 3, "eval_every": 16}, ["patience is 3, .* every 16 of its 48 steps"]),
+        ({}, {"patience": 9}, []),
     ],
 )
 def test_what_a_run_is_too_short_for_is_told(loss, train, sentences):
     run = SimpleNamespace(
         recipe=SimpleNamespace(loss=LossConfig(**loss), train=TrainConfig(**train)),
         total_steps=48,
+        eval_every=TrainConfig(**train).eval_every,
         engine=SimpleNamespace(
             objective=SimpleNamespace(
                 weighting=WEIGHTINGS[LossConfig(**loss).weighting]([], LossConfig(**loss))
