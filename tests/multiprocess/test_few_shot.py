@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.end_to_end.commands import read_lines
 from tests.helpers_ranks import run_ranks
+from tests.multiprocess.sittings import lines_of, sit, sit_twice
 
 pytestmark = pytest.mark.multiprocess
 
@@ -136,50 +136,17 @@ def test_heads_start_alike_under_every_stage_and_nothing_else_changes(started):
         assert np.array_equal(value, one["plain"][key]) is (key not in described), key
 
 
-def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> None:
-    """A run, or one that is asked to stop after some steps, or the rest of it."""
-    os.environ["COMOE_HOME"] = folder
-    from comoe.train.fault.signals import StopSignal
-    from comoe.train.request import Request
-    from comoe.train.run import run_request
-
-    class StopAt(StopSignal):
-        steps = -1
-
-        def asked(self) -> bool:
-            # Once a step; a first stage has no evaluations, which ask too.
-            self.steps += 1
-            return self.steps == stop_at
-
-    if resume:
-        request = Request(resume=Path(folder) / "smoke")
-    else:
-        request = Request(config=Path(SMOKE), overrides=[*STAGED, f"run.output_dir={folder}"])
-    run_request(request, StopSignal() if stop_at is None else StopAt())
-
-
 @pytest.fixture(scope="module")
 def whole_and_resumed(tmp_path_factory) -> list[list[dict[str, Any]]]:
     """Lines of metrics.jsonl, of a run in one sitting and in two."""
-    whole, cut = (str(tmp_path_factory.mktemp(name)) for name in ("whole", "cut"))
-    run_ranks(f"{HERE}:train", 1, folder=whole)
-    run_ranks(f"{HERE}:train", 1, folder=cut, stop_at=STOPPED_AT)
-    stopped = read_lines(Path(cut) / "smoke" / "metrics.jsonl")
-    assert max(line["step"] for line in stopped) == STOPPED_AT
-    run_ranks(f"{HERE}:train", 1, folder=cut, resume=True)
-    return [read_lines(Path(folder) / "smoke" / "metrics.jsonl") for folder in (whole, cut)]
+    whole, cut = (tmp_path_factory.mktemp(name) for name in ("whole", "cut"))
+    sit(whole, overrides=STAGED)
+    sit_twice(cut, overrides=STAGED, stop_at=STOPPED_AT)
+    return [lines_of(folder) for folder in (whole, cut)]
 
 
 def test_a_resume_inside_the_contrastive_stage_equals_the_run_in_one_sitting(whole_and_resumed):
-    def told(lines: list[dict[str, Any]]) -> list[Any]:
-        timed = {"seconds", "posts_per_second", "tokens_per_second"}
-        return [
-            {key: value for key, value in line.items() if key not in timed}
-            for line in lines
-            if line["split"] != "resume"
-        ]
-
-    whole, resumed = map(told, whole_and_resumed)
+    whole, resumed = whole_and_resumed
     assert resumed == whole
 
 

@@ -1,9 +1,6 @@
 """Words of a lexicon over real ranks; a run with one, cut short and resumed, and its export."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +12,9 @@ from comoe.distributed import sum_over_ranks, world_size
 from comoe.inference.checkpoint_folder import CARD
 from comoe.losses.objective import Objective, count_units, unit_scale
 from comoe.tasks.lexicon import FILE, Lexicon
-from tests.end_to_end.commands import read_lines
 from tests.helpers_model import TASKS, moe_config, random_batch
 from tests.helpers_ranks import run_ranks
+from tests.multiprocess.sittings import lines_of, sit
 from tests.unit.models.test_lexicon import model_of, told, told_weight
 
 pytestmark = pytest.mark.multiprocess
@@ -69,50 +66,19 @@ def test_two_uneven_ranks_equal_one_process_on_the_joined_batch():
                 assert abs(answer[name] - expected).max() < 1e-5 * scale + 1e-8, (cut, name)
 
 
-def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> None:
-    """A run, or one that is asked to stop after some steps, or the rest of it."""
-    os.environ["COMOE_HOME"] = folder
-    from comoe.train.fault.signals import StopSignal
-    from comoe.train.request import Request
-    from comoe.train.run import run_request
-
-    class StopAt(StopSignal):
-        steps = -1
-
-        def asked(self) -> bool:
-            self.steps += 1
-            return self.steps == stop_at
-
-    path = f"model.lexicon.path={folder}/own.csv"
-    made = [*SMALL, path, f"run.output_dir={folder}"]
-    request = Request(config=Path("launch/configs/smoke.yaml"), overrides=made)
-    if resume:
-        request = Request(resume=Path(folder) / "smoke")
-    run_request(request, StopSignal() if stop_at is None else StopAt())
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    timed = {"seconds", "posts_per_second", "tokens_per_second"}
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in read_lines(folder / "smoke" / "metrics.jsonl")
-        if line["split"] != "resume"
-    ]
-
-
 def test_a_resumed_run_equals_one_in_one_sitting_and_its_export_needs_no_file(tmp_path):
     words = "word,valence,length\ngood,2,4\nbad,-2,3\nthe,0,3\nfood,1,4\nwas,0.5,3\nslow,-1,4\n"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
         (folder / "own.csv").write_text(words)
-    run_ranks(f"{HERE}:train", 1, folder=str(whole))
-    run_ranks(f"{HERE}:train", 1, folder=str(cut), stop_at=STOPPED_AT)
+    sit(whole, overrides=[*SMALL, f"model.lexicon.path={whole}/own.csv"])
+    sit(cut, overrides=[*SMALL, f"model.lexicon.path={cut}/own.csv"], stop_at=STOPPED_AT)
     (cut / "own.csv").write_text(words.replace("slow,-1", "slow,-2"))
     with pytest.raises(Exception, match=r"give the one that the run was begun with"):
-        run_ranks(f"{HERE}:train", 1, folder=str(cut), resume=True)
+        sit(cut, resume=True)
     (cut / "own.csv").write_text(words)
-    run_ranks(f"{HERE}:train", 1, folder=str(cut), resume=True)
+    sit(cut, resume=True)
     told_whole, told_cut = lines_of(whole), lines_of(cut)
     assert told_cut == told_whole and all(
         line["lexicon"] > 0 for line in told_whole if line["split"] == "train"

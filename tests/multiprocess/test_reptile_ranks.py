@@ -1,6 +1,5 @@
 """Reptile on every layout: the outer weights of a float64 loop, in evaluations, in checkpoints, after a resume."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from tests.end_to_end.commands import read_lines
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
+from tests.multiprocess.sittings import sit, sit_twice
 from tests.multiprocess.test_layouts import ADAMW, BF16, OFFLOAD
 from tests.multiprocess.workers import make_encoder, recipe_of
 
@@ -196,7 +196,6 @@ def test_the_whole_way_after_every_step_is_ordinary_training(name, found):
     assert found[name]["ordinary"]
 
 
-SMOKE = Path("launch/configs/smoke.yaml")
 RUN = (
     "data.cache=false", "run.histograms=false", "run.plots=false", "train.max_steps=12", "train.reptile_steps=4",
     "train.betas=[0.0,0.999]", "train.eval_every=4", "train.save_every=2", "train.keep_checkpoints=9",
@@ -205,35 +204,22 @@ RUN = (
 STOPPED_AT = 6
 
 
-def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> None:
-    """A run, or one that is asked to stop after some steps, or the rest of it."""
-    os.environ["COMOE_HOME"] = folder
-    from comoe.train.fault.signals import StopSignal
-    from comoe.train.request import Request
-    from comoe.train.run import run_request
-
-    class StopAt(StopSignal):
-        def asked(self) -> bool:
-            steps = read_lines(Path(folder) / "smoke" / "metrics.jsonl")
-            return max([line["step"] for line in steps], default=0) == stop_at
-
-    if resume:
-        request = Request(resume=Path(folder) / "smoke")
-    else:
-        request = Request(config=SMOKE, overrides=[*RUN, f"run.output_dir={folder}"])
-    run_request(request, StopSignal() if stop_at is None else StopAt())
-
-
 @pytest.fixture(scope="module")
 def whole_and_resumed(tmp_path_factory) -> list[Path]:
-    """Run folders: one sitting, two sittings, and one sitting of two ranks."""
-    whole, cut, two = (tmp_path_factory.mktemp(name) for name in ("whole", "cut", "two"))
-    run_ranks(f"{HERE}:train", 1, folder=str(whole))
-    run_ranks(f"{HERE}:train", 1, folder=str(cut), stop_at=STOPPED_AT)
-    assert not (cut / "smoke" / "export").exists()
-    run_ranks(f"{HERE}:train", 1, folder=str(cut), resume=True)
-    run_ranks(f"{HERE}:train", 2, folder=str(two))
-    return [folder / "smoke" for folder in (whole, cut, two)]
+    """Run folders: one sitting, two sittings; without dropout one rank and two."""
+    whole, cut, one, two = (
+        tmp_path_factory.mktemp(name) for name in ("whole", "cut", "one", "two")
+    )
+    sit(whole, overrides=RUN)
+    sit_twice(cut, overrides=RUN, stop_at=STOPPED_AT)
+    for folder, ranks in ((one, 1), (two, 2)):
+        sit(
+            folder,
+            ranks=ranks,
+            overrides=[*RUN, "model.dropout=0", "train.max_steps=8"],
+            float32=True,
+        )
+    return [folder / "smoke" for folder in (whole, cut, one, two)]
 
 
 def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -241,7 +227,7 @@ def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_cut_inside_an_inner_loop_exports_what_the_run_in_one_sitting_does(whole_and_resumed):
-    whole, cut, _ = whole_and_resumed
+    whole, cut, *_ = whole_and_resumed
     for step in (8, 12):
         one, other = weights_at(whole, step), weights_at(cut, step)
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -263,12 +249,15 @@ def test_the_export_has_the_outer_weights_of_its_checkpoint(whole_and_resumed):
     assert any(all(torch.equal(state[key], export[key]) for key in export) for state in found)
 
 
-def test_each_step_of_a_run_has_tasks_of_one_data_set_and_two_ranks_equal_one(whole_and_resumed):
-    whole, _, two = (
+def test_each_loop_of_a_run_is_of_one_data_set_and_two_ranks_equal_one(whole_and_resumed):
+    whole, _, one, two = (
         [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
         for folder in whole_and_resumed
     )
     assert [line["step"] for line in whole] == list(range(1, 13))
     loops = [tuple(sorted(line["tasks"])) for line in whole]
     assert all(loops[step] == loops[step // 4 * 4] for step in range(12)) and len({*loops}) > 1
-    assert [tuple(sorted(line["tasks"])) for line in two] == loops
+    assert [sorted(line["tasks"]) for line in two] == [sorted(line["tasks"]) for line in one]
+    np.testing.assert_allclose(
+        [line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-4
+    )
