@@ -339,10 +339,18 @@ class Monitor:
                 self._histogram(f"{tag}/scores", routing.histogram_LH[index], step)
         if not self._draws:
             return
-        title = f"Share of tokens per expert, in % ({split}, step {step})"
-        names = routing.layer_names
-        layers = plots.share_figure(routing.share_LE, rows=names, title=title, row_axis="layer")
-        tasks = plots.task_share_figure(routing.share_LTE, layers=names, tasks=routing.tasks)
+        # Where all experts see all tokens, only the weights of the gate tell them apart.
+        even = 1 / routing.share_LE.shape[1]
+        weighed = np.allclose(np.nan_to_num(routing.share_LE, nan=even), even)
+        what = "gate weight" if weighed else "tokens"
+        share_LE = routing.weight_LE if weighed else routing.share_LE
+        share_LTE = routing.weight_LTE if weighed else routing.share_LTE
+        title, names = (
+            f"Share of {what} per expert, in % ({split}, step {step})",
+            routing.layer_names,
+        )
+        layers = plots.share_figure(share_LE, rows=names, title=title, row_axis="layer")
+        tasks = plots.task_share_figure(share_LTE, layers=names, tasks=routing.tasks, what=what)
         self._figure(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
         self._figure(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
 

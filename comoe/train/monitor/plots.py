@@ -126,9 +126,13 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
 
 
 def task_share_figure(
-    share_LTE: np.ndarray, *, layers: Sequence[int | str], tasks: Sequence[str]
+    share_LTE: np.ndarray,
+    *,
+    layers: Sequence[int | str],
+    tasks: Sequence[str],
+    what: str = "tokens",
 ) -> Figure:
-    """Heatmaps task x expert, one panel per layer: which experts the tokens of each task go to.
+    """Heatmaps task x expert, one panel per layer: which experts the tokens (or ``what``) of each task go to.
 
     Experts of different layers have nothing in common but their number, so the layers are not
     averaged.
@@ -144,7 +148,7 @@ def task_share_figure(
         panel.set_title(f"layer {layer}", fontsize=9)
     for panel in panels[len(layers) :]:
         panel.set_visible(False)
-    figure.suptitle("Share of each task's tokens per expert, in %", fontsize=10)
+    figure.suptitle(f"Share of each task's {what} per expert, in %", fontsize=10)
     return figure
 
 

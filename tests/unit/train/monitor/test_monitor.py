@@ -11,6 +11,7 @@ from comoe.evaluation.embedding_stats import EmbeddingSummary, TaskEmbeddings
 from comoe.evaluation.evaluate import Evaluation
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.tasks.task import Task
+from comoe.train.monitor import plots
 from comoe.train.monitor.metrics_file import read_metrics
 from comoe.train.monitor.monitor import Monitor
 from comoe.types import ModelOutput, Routing
@@ -48,13 +49,13 @@ def evaluation(**measures):
     )
 
 
-def summary():
+def summary(*, all_experts: bool = False):
     stats = RoutingStats(["mood", "heat"], num_layers=1, num_experts=2, layers=[3])
-    picks = torch.tensor([[0], [0], [1]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.2, 0.6]])
-    routing = Routing(
-        scores, scores, picks, torch.ones(3, 1), torch.tensor([2, 1]), torch.ones(3, 2)
-    )
+    picks, weights, counts = torch.tensor([[0], [0], [1]]), torch.ones(3, 1), torch.tensor([2, 1])
+    if all_experts:
+        picks, weights, counts = torch.tensor([[0, 1]] * 3), scores, torch.tensor([3, 3])
+    routing = Routing(scores, scores, picks, weights, counts, torch.ones(3, 2))
     output = ModelOutput({}, {}, {}, (routing,), torch.tensor([0, 0, 1]))
     stats.update(output, torch.tensor([[True, False], [False, True]]))
     return stats.summary()
@@ -114,6 +115,27 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     assert "recipe/text_summary" in tags["tensors"]
     files = {f"{name.replace('/', '_')}.png" for name in (*pictures, "loss", "metrics", "experts")}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == files
+
+
+def test_where_all_experts_run_the_pictures_show_the_weights_of_the_gate(tmp_path, monkeypatch):
+    drawn = []
+    figure = plots.task_share_figure
+    monkeypatch.setattr(
+        plots, "task_share_figure",
+        lambda share, **given: drawn.append((share, given["what"])) or figure(share, **given),
+    )  # fmt: skip
+    monitor = start(tmp_path)
+    for all_experts in (False, True):
+        found = evaluation(routing=summary(all_experts=all_experts))
+        monitor.log_evaluation(10 + all_experts, split="validation", evaluation=found, mean=0.5)
+    monitor.close()
+    (tokens, what), (weights, of_weights) = drawn
+    assert (what, of_weights) == ("tokens", "gate weight")
+    # Mood has the first two tokens, heat the third.
+    np.testing.assert_allclose(tokens[0], [[1, 0], [0, 1]])
+    np.testing.assert_allclose(
+        weights[0], [[1.7 / 2.1, 0.4 / 2.1], [0.2 / 0.8, 0.6 / 0.8]], rtol=1e-5
+    )
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_log_and_absent_in_tensorboard(tmp_path):
