@@ -210,6 +210,15 @@ def test_a_batch_of_no_rows_is_refused_rather_than_everything_left_out(size):
         eval_batches(np.ones(3), batch_size=size)
 
 
+def test_each_batch_of_a_balanced_data_set_has_every_label_also_where_length_tells_it():
+    labels = np.repeat([0, 1, 2], [300, 200, 100])
+    lengths = np.random.default_rng(4).integers(3, 9, 600) + 20 * labels
+    config = SamplerConfig(batch_size=24, world_size=1, micro_batch_size="auto", seed=1)
+    sampler = TrainSampler(lengths, np.zeros(600, dtype=np.int64), config, classes=labels[:, None])
+    counts = [np.bincount(labels[sampler.global_batch(step)], minlength=3) for step in range(50)]
+    assert np.abs(np.array(counts) - 8).max() <= 3
+
+
 def test_draws_are_even_over_the_labels_of_two_tasks_at_once():
     classes = np.array([[0, 0]] * 60 + [[0, 1]] * 30 + [[1, 0]] * 20 + [[1, 1]] * 10)
     sampler = TrainSampler(
