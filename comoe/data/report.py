@@ -14,6 +14,10 @@ SHOWN_ROWS = 10
 """Set-aside rows that ``DataReport.lines`` lists one by one."""
 
 
+OF_THE_ROW = "row"
+"""``BadRow.reason`` of all that is no image's."""
+
+
 @dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that cannot be used, and why."""
@@ -26,7 +30,7 @@ class BadRow:
     """What was found there."""
     rule: str
     """What is wrong, in words."""
-    reason: str = "row"
+    reason: str = OF_THE_ROW
     """What to count it by: row, or ``image:`` and a word or two."""
 
     def __str__(self) -> str:
@@ -127,9 +131,9 @@ def _listed(what: str, rows: list[BadRow], all_in: str) -> list[str]:
     """Rows counted by file and reason, the first ones in full."""
     if not rows:
         return []
-    lines = [f"{what}: {len(rows):,} rows"]
+    lines = [f"{what}: {len(rows):,} row" + "s" * (len(rows) > 1)]
     lines += [f"  {file}: {count:,}" for file, count in Counter(row.file for row in rows).items()]
-    reasons = Counter(row.reason for row in rows if row.reason != BadRow.reason)
+    reasons = Counter(row.reason for row in rows if row.reason != OF_THE_ROW)
     lines += [f"  {reason}: {count:,}" for reason, count in sorted(reasons.items())]
     lines += [f"  {row}" for row in rows[:SHOWN_ROWS]]
     where = f", all in {all_in}" if all_in else ""

@@ -78,5 +78,5 @@ def test_the_printout_holds_recipe_counts_set_aside_rows_posts_and_memory():
     assert [line for line in said.splitlines() if line.startswith("# ")] == [
         "# recipe", "# data", "# sample posts", "# memory",
     ]  # fmt: skip
-    for part in ("bad 0, good 1", "set aside: 1 rows", "mood.csv:7", "  good | a b", "20.0 MiB"):
+    for part in ("bad 0, good 1", "set aside: 1 row", "mood.csv:7", "  good | a b", "20.0 MiB"):
         assert part in said, part
