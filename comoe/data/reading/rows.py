@@ -56,6 +56,10 @@ def posts_of(
         yield replace(post, file=file, line=line, error=error)
 
 
+FEW = 10
+"""Bad rows of a file that may be the fault of the rows, however few good ones it has."""
+
+
 def settle(
     posts: Iterable[Post], *, file: str, skip: bool, option: str, report: DataReport
 ) -> list[Post]:
@@ -74,6 +78,11 @@ def settle(
     usable, bad = [], []
     for post in posts:
         (usable if post.error is None else bad).append(post)
+    if bad and not skip and len(bad) > max(FEW, len(usable)):
+        raise ValueError(
+            f"{bad[0].error} {len(bad):,} of {len(bad) + len(usable):,} rows of this file are bad, so correct the "
+            f"recipe (columns, labels, format) rather than the rows; {option} would leave all of them out."
+        )
     if bad and not skip:
         more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
         raise ValueError(

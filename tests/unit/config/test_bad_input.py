@@ -100,6 +100,16 @@ def test_the_first_bad_row_is_named_and_the_others_are_counted(posts: Path) -> N
     assert said.endswith("(2 more bad rows in this file.)")
 
 
+def test_where_most_rows_are_bad_the_recipe_is_to_blame_and_skipping_is_no_remedy(
+    posts: Path,
+) -> None:
+    rows = [*labelled_rows(8), *({"text": f"post {i}", "label": "ugly"} for i in range(11))]
+    write_jsonl(posts / "posts" / "train.jsonl", rows)
+    said = message(posts, labels=["bad", "good"])
+    assert "'ugly'" in said and "11 of 19 rows of this file are bad, so correct the recipe" in said
+    assert "Correct it, or set" not in said
+
+
 def test_invalid_utf8_names_file_line_and_byte(posts: Path) -> None:
     path = posts / "posts" / "train.jsonl"
     path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9", "label": "good"}\n')
