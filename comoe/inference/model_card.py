@@ -60,7 +60,7 @@ def model_card(
         table = _table(experts_table(found, tasks))
         experts = [f"## What the experts add\n\n{table}", *verdicts(found)]
     parts = [
-        _front_matter(tasks, config=config, results=results),
+        _front_matter(tasks, recipe=recipe, config=config, results=results),
         f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
         *([f"## Images\n\n{_images(config)}"] if _reads_images(config) else []),
         f"## Use\n\n{_usage(tasks, config)}",
@@ -75,7 +75,11 @@ def model_card(
 
 
 def _front_matter(
-    tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None
+    tasks: Sequence[Task],
+    *,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
 ) -> str:
     # The hub has no class of its own for classifying text and image together.
     kinds = [kind for kind in map(_hub_kind, tasks) if kind != WORDS]
@@ -97,7 +101,7 @@ def _front_matter(
         library_name="comoe",
         language=config["data"]["normalize"]["language"],
         tags=["comoe"]
-        + (["mixture-of-experts"] if config["model"]["moe"]["num_experts"] > 1 else [])
+        + (["mixture-of-experts"] if recipe.model.moe.num_experts > 1 else [])
         + ["multi-task", "social-media"]
         + (["multimodal"] if _reads_images(config) else []),
         pipeline_tag=(CLASSES if CLASSES in kinds else kinds[0]) if kinds else None,

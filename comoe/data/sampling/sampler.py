@@ -283,10 +283,9 @@ class TrainSampler:
     def _length_ranks(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rank of each draw's length among the pool's draws of its own stream, in (0, 1), with some noise.
 
-        Batches cut along it hold posts of similar relative length and every stream in its share: every
-        data set, and within one that is drawn evenly every label, which may go with length.
-        Sorted by plain length, a batch of long posts would be one of the data set with the longest
-        posts alone: that packs 9 of 10 tokens full on the starter kit where this packs 8 of 10
+        Batches cut along it hold posts of similar relative length and every stream in its share: data
+        sets, and labels of those that are drawn evenly. Sorted by plain length, a batch of long posts
+        would be one of the data set with the longest: that packs 9 of 10 tokens full on the starter kit where this packs 8 of 10
         (random batches: 5), and gives the tasks turns instead of a mixture.
         """
         noisy = self._lengths[pool] * (1 + LENGTH_NOISE * rng.random(len(pool)))
