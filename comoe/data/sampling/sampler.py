@@ -285,8 +285,8 @@ class TrainSampler:
 
         Batches cut along it hold posts of similar relative length and every stream in its share: data
         sets, and labels of those that are drawn evenly. Sorted by plain length, a batch of long posts
-        would be one of the data set with the longest: that packs 9 of 10 tokens full on the starter kit where this packs 8 of 10
-        (random batches: 5), and gives the tasks turns instead of a mixture.
+        would be one of the data set with the longest: that packs 9 of 10 tokens full on the starter kit
+        where this packs 8 of 10 (random batches: 5), and gives the tasks turns, not a mixture.
         """
         noisy = self._lengths[pool] * (1 + LENGTH_NOISE * rng.random(len(pool)))
         ranks = np.empty(len(pool))
