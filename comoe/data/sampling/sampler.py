@@ -28,13 +28,10 @@ from comoe.data.tokens.split import TokenizedSplit
 from comoe.tasks.task import Task
 
 POOL_BATCHES = 50
-"""Batches whose posts are sorted by length together: large enough for little padding, small enough
-to stay random."""
+"""Batches whose posts are sorted by length together: little padding, and still random."""
 
 LENGTH_NOISE = 0.1
-"""Lengths are scaled by up to this much before sorting, so that posts do not meet the same
-neighbors every epoch."""
-
+"""Lengths are scaled by up to this much before sorting: posts meet others in every epoch."""
 
 MAX_AUTO_MICRO_BATCH = 128
 """Most posts per forward pass on one rank under ``train.micro_batch_size: auto``."""
@@ -118,6 +115,9 @@ class TrainSampler:
         """Share of the draws per data set, before any change."""
         streams = [_streams(group, members, classes) for group, members in enumerate(self._members)]
         self._streams = [stream for found in streams for stream in found]
+        self._stream_of = np.empty(len(lengths), dtype=np.int64)
+        for number, stream in enumerate(self._streams):
+            self._stream_of[stream.members] = number
         parts = self.steps_per_epoch
         self._sizes = np.full(parts, len(lengths) // parts) + (
             np.arange(parts) < len(lengths) % parts
@@ -283,17 +283,17 @@ class TrainSampler:
     def _length_ranks(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rank of each draw's length among the pool's draws of its own stream, in (0, 1), with some noise.
 
-        Batches cut along it hold posts of similar relative length and every stream in its share: data
-        sets, and labels of those that are drawn evenly. Sorted by plain length, a batch of long posts
-        would be one of the data set with the longest: that packs 9 of 10 tokens full on the starter kit
-        where this packs 8 of 10 (random batches: 5), and gives the tasks turns, not a mixture.
+        Batches cut along it hold posts of similar relative length and every stream in its share. Sorted by
+        plain length a batch of long posts would be one data set's: 9 of 10 tokens full on the starter
+        kit where this packs 8 (random batches: 5), but tasks would take turns.
         """
         noisy = self._lengths[pool] * (1 + LENGTH_NOISE * rng.random(len(pool)))
-        ranks = np.empty(len(pool))
-        for stream in self._streams:
-            here = np.flatnonzero(np.isin(pool, stream.members))
-            order = np.argsort(noisy[here], kind="stable")
-            ranks[here[order]] = (np.arange(len(here)) + 0.5) / max(len(here), 1)
+        ranks, streams = np.empty(len(pool)), self._stream_of[pool]
+        for number in np.unique(streams):
+            here = np.flatnonzero(streams == number)
+            ranks[here[np.argsort(noisy[here], kind="stable")]] = (
+                np.arange(len(here)) + 0.5
+            ) / len(here)
         return ranks
 
 
